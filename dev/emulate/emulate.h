@@ -1,0 +1,735 @@
+// CUDA on a CPU, part 1: the language. Kernels are compiled by the host compiler and run unchanged.
+//
+// A CUDA thread is a fiber: a stack and a saved stack pointer. The fibers of a block take turns on
+// one OS thread. One gives up its turn only where CUDA lets threads wait for each other (a barrier, a
+// warp call) and when its kernel ends. The last thread to arrive does the work of a warp call for all.
+//
+//   EMU_ORDER=forward|reverse|random:SEED   in which order ready threads, warps and blocks run
+//   EMU_SM=90|89|86|80    the GPU whose limits hold (shared memory, compute capability)
+//   EMU_MULTIPROCESSORS=4, EMU_MEMORY=81920 (MiB)           what the device says it has
+//   EMU_STREAMS=late      work in a stream runs not when issued but when something waits for it
+//   EMU_FILL=BYTE         what fresh device and shared memory holds (255: NaN in every float format)
+//   EMU_ERRORS=return     a fault makes the launch fail; otherwise it aborts, where a debugger stops
+//   EMU_REPORT=1          at exit, a line for each kernel: launches, shared memory, bank conflicts
+#pragma once
+#include <assert.h>
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <algorithm>
+#include <functional>
+#include <map>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+// ---- the sanitizers: what they must be told about fibers; nothing in a plain build --------------
+#ifndef __has_feature                  // clang's way to ask; gcc defines macros
+#define __has_feature(x) 0
+#endif
+#if defined(__SANITIZE_ADDRESS__) || __has_feature(address_sanitizer)
+#define EMU_ASAN 1
+#include <sanitizer/asan_interface.h>
+#else
+#define EMU_ASAN 0
+#endif
+#if defined(__SANITIZE_THREAD__) || __has_feature(thread_sanitizer)
+#define EMU_TSAN 1
+#define EMU_ATOMIC __ATOMIC_ACQ_REL     // it knows no fences: atomics must order by themselves
+#include <sanitizer/tsan_interface.h>
+extern "C" void AnnotateIgnoreWritesBegin(const char *, int);
+extern "C" void AnnotateIgnoreWritesEnd(const char *, int);
+#else
+#define EMU_TSAN 0
+#define EMU_ATOMIC __ATOMIC_RELAXED
+#define __tsan_acquire(p) ((void)(p))
+#define __tsan_release(p) ((void)(p))
+#define __tsan_create_fiber(flags) nullptr
+#define __tsan_get_current_fiber() nullptr
+#define __tsan_switch_to_fiber(fiber, flags) ((void)(fiber))
+#define AnnotateIgnoreWritesBegin(file, line)
+#define AnnotateIgnoreWritesEnd(file, line)
+#endif
+#if !EMU_ASAN
+#define __sanitizer_start_switch_fiber(fake, bottom, size) ((void)(fake), (void)(bottom))
+#define __sanitizer_finish_switch_fiber(fake, bottom, size) ((void)(fake))
+#define __asan_poison_memory_region(p, n) ((void)(p), (void)(n))
+#define __asan_unpoison_memory_region(p, n) ((void)(p), (void)(n))
+#endif
+// The engine itself is no part of what the thread sanitizer judges.
+#define EMU_ENGINE __attribute__((no_sanitize("thread"))) inline
+#define EMU_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+// ---- qualifiers, vector types, built-in variables -----------------------------------------------
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __forceinline__ inline
+#define __align__(n) __attribute__((aligned(n)))    // __shared__ is rewritten by launch.pl
+
+#define EMU_VECTOR(T, N)                                                                     \
+    struct N##1 { T x; };                                                                    \
+    struct alignas(2 * sizeof(T)) N##2 { T x, y; };                                          \
+    struct N##3 { T x, y, z; };                                                              \
+    struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) N##4 { T x, y, z, w; };               \
+    inline N##2 make_##N##2(T x, T y) { return {x, y}; }                                     \
+    inline N##3 make_##N##3(T x, T y, T z) { return {x, y, z}; }                             \
+    inline N##4 make_##N##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+EMU_VECTOR(float, float)
+EMU_VECTOR(double, double)
+EMU_VECTOR(int, int)
+EMU_VECTOR(unsigned, uint)
+EMU_VECTOR(unsigned char, uchar)
+EMU_VECTOR(unsigned short, ushort)
+EMU_VECTOR(long long, longlong)
+
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+    constexpr dim3(uint3 v) : x(v.x), y(v.y), z(v.z) {}
+};
+inline thread_local constinit uint3 threadIdx{}, blockIdx{};
+inline thread_local constinit dim3 blockDim{}, gridDim{};
+constexpr int warpSize = 32;
+
+#define EMU_CUDA_ERRORS(X)                                                                   \
+    X(cudaSuccess, 0, "no error")                                                            \
+    X(cudaErrorInvalidValue, 1, "invalid argument")                                          \
+    X(cudaErrorMemoryAllocation, 2, "out of memory")                                         \
+    X(cudaErrorInvalidConfiguration, 9, "invalid configuration argument")                    \
+    X(cudaErrorInvalidDevicePointer, 17, "invalid device pointer")                           \
+    X(cudaErrorInvalidDevice, 101, "invalid device ordinal")                                 \
+    X(cudaErrorNotReady, 600, "device not ready")                                            \
+    X(cudaErrorLaunchFailure, 719, "unspecified launch failure")                             \
+    X(cudaErrorNotSupported, 801, "operation not supported")                                 \
+    X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing") \
+    X(cudaErrorStreamCaptureImplicit, 906, "operation would make the legacy stream depend on a capture")
+#define X(name, value, text) name = value,
+typedef enum cudaError { EMU_CUDA_ERRORS(X) } cudaError_t;
+#undef X
+
+namespace emu {
+
+// ---- settings -----------------------------------------------------------------------------------
+enum Order { FORWARD, REVERSE, RANDOM };
+struct Settings {
+    Order order = FORWARD;
+    uint32_t seed = 1;
+    int sm = 90, multiprocessors = 4, fill = 0xff;
+    size_t memory = (size_t)80 << 30;
+    bool late = false, abort = true, report = false;
+};
+inline long number(const char *name, long otherwise) {
+    const char *s = getenv(name);
+    return s && *s ? strtol(s, nullptr, 0) : otherwise;
+}
+inline std::string word(const char *name) {
+    const char *s = getenv(name);
+    return s ? s : "";
+}
+inline Settings read_settings() {
+    Settings s;
+    std::string order = word("EMU_ORDER");
+    if (order == "reverse") s.order = REVERSE;
+    if (order.starts_with("random")) {
+        s.order = RANDOM;
+        s.seed = order.size() > 7 ? (uint32_t)atoi(&order[7]) * 2654435761u + 1 : 1;
+    }
+    s.sm = (int)number("EMU_SM", s.sm);
+    s.multiprocessors = (int)number("EMU_MULTIPROCESSORS", s.multiprocessors);
+    s.memory = (size_t)number("EMU_MEMORY", (long)(s.memory >> 20)) << 20;
+    s.fill = (int)number("EMU_FILL", s.fill);
+    s.late = word("EMU_STREAMS") == "late";
+    s.abort = word("EMU_ERRORS") != "return";
+    s.report = number("EMU_REPORT", 0) != 0;
+    return s;
+}
+inline Settings settings = read_settings();
+
+// Shared memory of a multiprocessor, of which a block can have all but 1 KiB when it asks.
+constexpr size_t KiB = 1024, SHARED_UNASKED = 48 * KiB;
+inline size_t shared_per_multiprocessor() {
+    return (settings.sm >= 90 ? 228 : settings.sm == 80 ? 164 : 100) * KiB;
+}
+inline size_t shared_per_block() { return shared_per_multiprocessor() - KiB; }
+
+EMU_ENGINE uint32_t random32() {        // xorshift
+    uint32_t &s = settings.seed;
+    s ^= s << 13, s ^= s >> 17, s ^= s << 5;
+    return s;
+}
+EMU_ENGINE int pick(uint32_t ready) {   // whose turn it is: one of the bits
+    if (settings.order == FORWARD) return __builtin_ctz(ready);
+    if (settings.order == REVERSE) return 31 - __builtin_clz(ready);
+    for (int n = random32() % __builtin_popcount(ready); n; n--) ready &= ready - 1;
+    return __builtin_ctz(ready);
+}
+
+// ---- a block and its threads --------------------------------------------------------------------
+constexpr int MAX_THREADS = 1024, MAX_WARPS = 32, MAX_BARRIERS = 16, STACK = 256 * 1024;
+// To the thread sanitizer, neighbouring blocks are different threads, so that races between them show.
+constexpr int SETS = EMU_TSAN ? 2 : 1;
+
+struct Kernel {                         // what is known of a kernel, found by its address
+    std::string name;
+    size_t asked;                       // cudaFuncAttributeMaxDynamicSharedMemorySize, if set
+    size_t shared;                      // most shared memory that a block of it had
+    unsigned long long launches, wavefronts, conflicts;     // the last two: of ldmatrix
+};
+struct AsyncCopy {                      // cp.async, not done before a wait for its group
+    void *to;
+    const void *from;                   // nullptr: zeros
+    int bytes, group;
+};
+struct Thread {
+    void *sp;                           // its stack pointer while others run
+    char *stack;
+    uint3 idx;
+    int lane, warp;
+    bool done;
+    const char *what, *file;            // what it waits for and where
+    int line, barrier;                  // barrier: its number, -1 otherwise
+    unsigned mask;                      // the lanes it waits for in a warp call
+    void *fake, *tsan[SETS];            // address, thread sanitizer: its fake stack, its fibers
+    AsyncCopy *copies;
+    int copies_n, copies_room, group;   // group: that of the next cp.async
+};
+typedef void (*WarpCall)(void **slots, unsigned lanes);
+struct Meeting {                        // lanes of a warp that are arriving at a warp call
+    unsigned mask, arrived;
+    WarpCall call;
+    const char *what, *file;
+    int line;
+    void *slot[32];                     // each lane's arguments and place for its result
+};
+struct Warp {
+    uint32_t live, ready;               // live: not ended; ready: not waiting either
+    int meetings_n;
+    Meeting meetings[32];
+};
+struct Barrier {
+    int arrived, expected;              // expected: 0 for all live threads of the block
+    unsigned generation;
+    const char *file;
+    int line;
+    char order[2];                      // happens-before marks of two generations
+};
+struct Block {
+    Thread threads[MAX_THREADS];
+    Warp warps[MAX_WARPS];
+    Barrier barriers[MAX_BARRIERS];
+    Thread *current;                    // nullptr: the scheduler
+    int threads_n, warps_n, live;
+    bool failed;
+    unsigned long serial;               // counts the blocks that ran here
+    Kernel *kernel;
+    const std::function<void()> *body;
+    char *stacks, *dynamic;             // stacks of all threads; dynamic shared memory
+    size_t dynamic_size, static_size;
+    void *sp, *fake, *tsan;             // the scheduler's stack pointer, fake stack, fiber
+    const void *stack;                  // and its stack, for the address sanitizer
+    size_t stack_size;
+    char order_start, order_end;        // happens-before marks: launch to threads, threads to the end
+};
+inline thread_local constinit Block *block = nullptr;
+inline cudaError_t last_error = cudaSuccess;
+
+// ---- faults -------------------------------------------------------------------------------------
+EMU_ENGINE void fault(const char *format, ...) __attribute__((format(printf, 1, 2)));
+EMU_ENGINE void fault(const char *format, ...) {
+    char message[2000];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(message, sizeof message, format, args);
+    va_end(args);
+    uint3 b = blockIdx, t = threadIdx;
+    if (block) fprintf(stderr, "emulate: kernel %s, block (%u,%u,%u)", block->kernel->name.c_str(), b.x, b.y, b.z);
+    else fprintf(stderr, "emulate");
+    if (block && block->current) fprintf(stderr, ", thread (%u,%u,%u)", t.x, t.y, t.z);
+    fprintf(stderr, ": %s\n", message);
+    fflush(stderr);
+    if (settings.abort) abort();
+    last_error = cudaErrorLaunchFailure;
+}
+EMU_ENGINE void give_up();              // drops the whole block; called by one of its threads
+#define EMU_FAULT(...) (emu::fault(__VA_ARGS__), emu::give_up())
+
+EMU_ENGINE Thread *current(const char *what) {      // the calling CUDA thread
+    if (block && block->current) return block->current;
+    fprintf(stderr, "emulate: %s outside of a kernel\n", what);
+    abort();
+}
+
+// ---- switching ----------------------------------------------------------------------------------
+// emu_switch(save, load): keeps the registers that a callee must keep on this stack and its pointer in
+// *save, then goes on where `load` was saved. fresh_stack(): what to load to begin at f.
+EMU_ENGINE void fiber();
+#if defined(__x86_64__) && !defined(EMU_UCONTEXT)
+extern "C" void emu_switch(void **save, void *load);
+asm(R"(.text
+.weak emu_switch
+.type emu_switch,@function
+emu_switch:
+    pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
+    movq %rsp,(%rdi)
+    movq %rsi,%rsp
+    popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
+    ret
+.size emu_switch,.-emu_switch
+)");
+EMU_ENGINE void *fresh_stack(char *, char *top) {   // six registers, where to return to, nullptr
+    void **sp = (void **)top - 8;
+    sp[6] = (void *)fiber;
+    sp[7] = nullptr;
+    return sp;
+}
+#else                                   // any other CPU: the same through a system call
+EMU_ENGINE void emu_switch(void **save, void *load) {
+    ucontext_t mine;
+    *save = &mine;
+    swapcontext(&mine, (ucontext_t *)load);
+}
+EMU_ENGINE void *fresh_stack(char *stack, char *top) {
+    ucontext_t *c = (ucontext_t *)(top - 2048);
+    getcontext(c);
+    c->uc_stack.ss_sp = stack;
+    c->uc_stack.ss_size = (size_t)((char *)c - stack);
+    makecontext(c, fiber, 0);
+    return c;
+}
+#endif
+
+EMU_ENGINE void switch_fibers(Thread *from, Thread *to) {       // nullptr: the scheduler
+    Block *b = block;
+    b->current = to;
+    if (to) threadIdx = to->idx;
+    void **fake = from ? &from->fake : &b->fake;
+    __sanitizer_start_switch_fiber(from && from->done ? nullptr : fake,
+                                   to ? to->stack : b->stack, to ? STACK : b->stack_size);
+    __tsan_switch_to_fiber(to ? to->tsan[b->serial % SETS] : b->tsan, 1);    // 1: no ordering
+    emu_switch(from ? &from->sp : &b->sp, to ? to->sp : b->sp);
+    __sanitizer_finish_switch_fiber(*fake, nullptr, nullptr);   // `from` goes on here
+}
+EMU_ENGINE void wait() {                // the current thread cannot go on: the next of its warp can
+    Block *b = block;
+    Thread *me = b->current;
+    uint32_t ready = b->warps[me->warp].ready;
+    bool some = ready && !b->failed;
+    switch_fibers(me, some ? &b->threads[me->warp * 32 + pick(ready)] : nullptr);
+}
+EMU_ENGINE void give_up() {
+    block->failed = true;
+    block->current->done = true;
+    switch_fibers(block->current, nullptr);
+}
+
+// ---- warp calls ---------------------------------------------------------------------------------
+EMU_ENGINE void complete(Warp &w, int i) {
+    Meeting m = w.meetings[i];
+    w.meetings[i] = w.meetings[--w.meetings_n];
+    if (m.call) m.call(m.slot, m.arrived);
+    w.ready |= m.arrived;
+}
+// All live lanes that mask names meet at one place in the source; the last one does the call for all.
+EMU_ENGINE void warp_call(const char *what, unsigned mask, void *slot, WarpCall call, EMU_HERE) {
+    Thread *me = current(what);
+    Warp &w = block->warps[me->warp];
+    unsigned bit = 1u << me->lane;
+    if (!(mask & bit))
+        EMU_FAULT("%s at %s:%d: mask %08x does not name the calling lane %d", what, file, line,
+                  mask, me->lane);
+    int i = 0;
+    while (i < w.meetings_n && w.meetings[i].mask != mask) i++;
+    if (i == w.meetings_n) w.meetings[w.meetings_n++] = {mask, 0, call, what, file, line, {}};
+    Meeting &m = w.meetings[i];
+    if (m.call != call || m.line != line || m.what != what)
+        EMU_FAULT("%s at %s:%d while other lanes of mask %08x are in %s at %s:%d", what, file, line,
+                  mask, m.what, m.file, m.line);
+    m.slot[me->lane] = slot;
+    m.arrived |= bit;
+    w.ready &= ~bit;
+    if (m.arrived == (mask & w.live)) { complete(w, i); return; }
+    me->what = what, me->file = file, me->line = line, me->mask = mask;
+    wait();
+    me->what = nullptr;
+}
+
+// ---- barriers -----------------------------------------------------------------------------------
+EMU_ENGINE void open(Barrier &r) {      // all who wait at r go on
+    Block *b = block;
+    r.arrived = 0;
+    r.generation++;
+    for (Thread *t = b->threads; t < b->threads + b->threads_n; t++)
+        if (t->barrier == &r - b->barriers) {
+            t->barrier = -1;
+            b->warps[t->warp].ready |= 1u << t->lane;
+        }
+}
+enum Part { SYNC, ARRIVE };
+// Barrier `id` opens when `expected` threads (0: all that have not ended) have come. __syncthreads is
+// barrier 0, at which all must come to the same line; PTX's numbered barriers have no such rule.
+EMU_ENGINE void barrier(const char *what, int id, int expected, Part part, EMU_HERE) {
+    Thread *me = current(what);
+    if (id < 0 || id >= MAX_BARRIERS || expected % 32)
+        EMU_FAULT("%s at %s:%d: barrier %d of %d threads: numbers are 0 to 15, counts multiples of 32",
+                  what, file, line, id, expected);
+    Barrier &r = block->barriers[id];
+    bool other_line = r.arrived && !expected && (r.line != line || strcmp(r.file, file));
+    if (r.arrived && (r.expected != expected || other_line))
+        EMU_FAULT("divergent barrier: %s at %s:%d while others are at the same barrier at %s:%d", what,
+                  file, line, r.file, r.line);
+    r.file = file, r.line = line, r.expected = expected;
+    r.arrived++;
+    char *order = &r.order[r.generation % 2];
+    __tsan_release(order);
+    bool last = r.arrived == (expected ? expected : block->live);
+    if (last) open(r);
+    if (part == ARRIVE) return;
+    if (!last) {
+        me->what = what, me->file = file, me->line = line, me->mask = 0, me->barrier = id;
+        block->warps[me->warp].ready &= ~(1u << me->lane);
+        wait();
+        me->what = nullptr;
+    }
+    __tsan_acquire(order);
+}
+// bar.sync ID, N and bar.arrive ID, N
+inline void barrier_sync(int id, int n, EMU_HERE) {
+    barrier("bar.sync", id, n, SYNC, file, line);
+}
+inline void barrier_arrive(int id, int n, EMU_HERE) {
+    barrier("bar.arrive", id, n, ARRIVE, file, line);
+}
+
+// ---- shared memory ------------------------------------------------------------------------------
+// New for each block: on the heap, where the address sanitizer sees its ends; to the thread sanitizer
+// without a past; filled, so that a read before the first write shows.
+EMU_ENGINE void new_shared(char *&p, size_t size) {
+    size_t room = (size + 127) / 128 * 128;
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+    free(p);
+    p = (char *)aligned_alloc(128, room);
+    memset(p, settings.fill, size);
+    __asan_poison_memory_region(p + size, room - size);
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+}
+// Static and dynamic together fit in 48 KiB or, for a kernel that asked, in all that a block can have.
+EMU_ENGINE void check_shared(const char *file, int line) {
+    Block *b = block;
+    Kernel *k = b->kernel;
+    k->shared = std::max(k->shared, b->static_size + b->dynamic_size);
+    size_t dynamic = k->asked ? k->asked : b->dynamic_size;
+    size_t limit = k->asked ? shared_per_block() : SHARED_UNASKED;
+    if (b->static_size > SHARED_UNASKED || b->static_size + dynamic > limit)
+        EMU_FAULT("%s:%d: %zu bytes of static and %zu of dynamic shared memory: more than %zu", file,
+                  line, b->static_size, dynamic, limit);
+}
+template<class T> struct Shared {       // one __shared__ declaration
+    T *p;
+    unsigned long serial;               // of the block that it was made for
+    EMU_ENGINE T &get(EMU_HERE) {
+        Block *b = block;
+        if (serial != b->serial) {
+            serial = b->serial;
+            b->static_size += sizeof(T);
+            check_shared(file, line);
+            new_shared((char *&)p, sizeof(T));
+        }
+        return *p;
+    }
+};
+template<class T> T *dynamic_shared() { return (T *)block->dynamic; }
+
+// ---- running a grid -----------------------------------------------------------------------------
+EMU_ENGINE void end(Thread *me) {
+    Block *b = block;
+    Warp &w = b->warps[me->warp];
+    if (me->copies_n) EMU_FAULT("thread ends before its %d cp.async copies are waited for", me->copies_n);
+    me->done = true;
+    w.ready &= ~(1u << me->lane);
+    w.live &= ~(1u << me->lane);
+    b->live--;
+    for (int i = 0; i < w.meetings_n; i++)          // others may have waited only for this one
+        if (w.meetings[i].arrived == (w.meetings[i].mask & w.live)) complete(w, i--);
+    Barrier &r = b->barriers[0];
+    if (r.arrived && !r.expected && r.arrived == b->live) open(r);
+}
+EMU_ENGINE void fiber() {               // where each thread begins
+    Thread *me = block->current;
+    __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+    __tsan_acquire(&block->order_start);
+    (*block->body)();
+    __tsan_release(&block->order_end);
+    end(me);
+    wait();
+    __builtin_unreachable();
+}
+EMU_ENGINE Block *make_block() {
+    Block *b = (Block *)calloc(1, sizeof(Block));
+    size_t size = (size_t)SETS * MAX_THREADS * STACK;
+    b->stacks = (char *)mmap(nullptr, size, PROT_READ | PROT_WRITE,
+                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    for (size_t i = 0; i < size; i += STACK) mprotect(b->stacks + i, 4096, PROT_NONE);  // overflow
+#if EMU_ASAN
+    pthread_attr_t a;
+    pthread_getattr_np(pthread_self(), &a);
+    pthread_attr_getstack(&a, (void **)&b->stack, &b->stack_size);
+    pthread_attr_destroy(&a);
+#endif
+    return b;
+}
+EMU_ENGINE void make_thread(Block *b, int i, dim3 dim) {
+    Thread *t = &b->threads[i];
+    unsigned n = i;
+    t->idx = {n % dim.x, n / dim.x % dim.y, n / (dim.x * dim.y)};
+    t->lane = i % 32, t->warp = i / 32;
+    t->done = false, t->what = nullptr, t->barrier = -1, t->fake = nullptr;
+    t->copies_n = t->group = 0;
+    int set = b->serial % SETS;
+    t->stack = b->stacks + (size_t)(set * MAX_THREADS + i) * STACK;
+    __asan_unpoison_memory_region(t->stack + STACK - 65536, 65536);     // what an ended thread left
+    if (!t->tsan[set]) t->tsan[set] = __tsan_create_fiber(0);
+    // tops of stacks are staggered: at equal addresses modulo 4096 they would share cache sets
+    t->sp = fresh_stack(t->stack, t->stack + STACK - 64 - i % 32 * 256);
+}
+EMU_ENGINE void deadlock(Block *b) {    // says how many threads wait where
+    std::map<std::string, std::pair<int, uint3>> places;
+    for (Thread *t = b->threads; t < b->threads + b->threads_n; t++) {
+        char place[400] = "ended";
+        int n = t->done ? 0 : snprintf(place, sizeof place, "in %s at %s:%d", t->what, t->file, t->line);
+        if (!t->done && t->mask) snprintf(place + n, sizeof place - n, ", mask %08x", t->mask);
+        places.emplace(place, std::make_pair(0, t->idx)).first->second.first++;
+    }
+    std::string all;
+    for (auto &[place, who] : places) {
+        char head[100];
+        uint3 t = who.second;
+        snprintf(head, sizeof head, "\n    %d threads, the first (%u,%u,%u), ", who.first, t.x, t.y, t.z);
+        all += head + place;
+    }
+    fault("deadlock:%s", all.c_str());
+    b->failed = true;
+}
+EMU_ENGINE void run_block(Block *b, dim3 dim, uint3 index, size_t dynamic_size) {
+    int n = dim.x * dim.y * dim.z;
+    blockIdx = index;
+    b->serial++;
+    b->threads_n = b->live = n;
+    b->warps_n = (n + 31) / 32;
+    b->failed = false;
+    b->static_size = 0, b->dynamic_size = dynamic_size;
+    b->tsan = __tsan_get_current_fiber();
+    memset(b->barriers, 0, sizeof b->barriers);
+    if (dynamic_size) new_shared(b->dynamic, dynamic_size);
+    for (int i = 0; i < n; i++) make_thread(b, i, dim);
+    for (int w = 0; w < b->warps_n; w++) {
+        int left = n - w * 32;
+        b->warps[w].live = b->warps[w].ready = left >= 32 ? ~0u : (1u << left) - 1;
+        b->warps[w].meetings_n = 0;
+    }
+    while (b->live && !b->failed) {     // each warp runs until none of its lanes can go on
+        bool ran = false;
+        int first = settings.order == RANDOM ? random32() % b->warps_n : 0;
+        for (int k = 0; k < b->warps_n && !b->failed; k++) {
+            int w = settings.order == REVERSE ? b->warps_n - 1 - k : (k + first) % b->warps_n;
+            uint32_t ready = b->warps[w].ready;
+            if (!ready) continue;
+            ran = true;
+            switch_fibers(nullptr, &b->threads[w * 32 + pick(ready)]);
+        }
+        if (!ran) deadlock(b);
+    }
+}
+// Runs the blocks of a grid in turn or, with -DEMU_PARALLEL_BLOCKS -fopenmp, on several OS threads.
+EMU_ENGINE void run_grid(Kernel *kernel, dim3 grid, dim3 dim, size_t dynamic_size,
+                         const std::function<void()> &body) {
+    long long xy = (long long)grid.x * grid.y, total = xy * grid.z;
+    bool failed = false;
+#ifdef EMU_PARALLEL_BLOCKS
+    #pragma omp parallel if (total > 1)
+#endif
+    {
+        static thread_local Block *mine = make_block();
+        Block *b = block = mine;
+        b->kernel = kernel;
+        b->body = &body;
+        gridDim = grid, blockDim = dim;
+        __tsan_release(&b->order_start);
+#ifdef EMU_PARALLEL_BLOCKS
+        #pragma omp for schedule(dynamic, 1)
+#endif
+        for (long long k = 0; k < total; k++) {
+            if (failed) continue;
+            long long i = settings.order == REVERSE ? total - 1 - k : k;
+            uint3 index = {(unsigned)(i % grid.x), (unsigned)(i / grid.x % grid.y), (unsigned)(i / xy)};
+            run_block(b, dim, index, dynamic_size);
+            if (b->failed) failed = true;
+        }
+        __tsan_acquire(&b->order_end);
+        block = nullptr;
+    }
+}
+
+}  // namespace emu
+
+// ---- barriers of a block ------------------------------------------------------------------------
+inline void __syncthreads(EMU_HERE) {
+    emu::barrier("__syncthreads", 0, 0, emu::SYNC, file, line);
+}
+
+// ---- shuffles and votes of a warp ---------------------------------------------------------------
+namespace emu {
+template<class T> struct Shuffle { T value; int source; T result; };
+template<class T> EMU_ENGINE void shuffle_all(void **slots, unsigned lanes) {
+    for (unsigned m = lanes; m; m &= m - 1) {
+        auto *s = (Shuffle<T> *)slots[__builtin_ctz(m)];
+        if (!(lanes >> s->source & 1))
+            EMU_FAULT("shuffle: lane %d reads lane %d, which has ended or is not in the mask",
+                      __builtin_ctz(m), s->source);
+        memcpy((void *)&s->result, &((Shuffle<T> *)slots[s->source])->value, sizeof(T));
+    }
+}
+// The lane itself is read when `source` lies outside of its group of `width` lanes.
+template<class T> EMU_ENGINE T shuffle(const char *what, unsigned mask, T value, int source, int width,
+                                       EMU_HERE) {
+    int lane = current(what)->lane;
+    if ((lane ^ source) & ~(width - 1)) source = lane;
+    Shuffle<T> s{value, source, value};
+    warp_call(what, mask, &s, shuffle_all<T>, file, line);
+    return s.result;
+}
+struct Vote { int yes; unsigned result; };
+EMU_ENGINE void vote_all(void **slots, unsigned lanes) {
+    unsigned ballot = 0;
+    for (int l = 0; l < 32; l++) if (lanes >> l & 1 && ((Vote *)slots[l])->yes) ballot |= 1u << l;
+    for (int l = 0; l < 32; l++) if (lanes >> l & 1) ((Vote *)slots[l])->result = ballot;
+}
+EMU_ENGINE unsigned vote(const char *what, unsigned mask, int yes, EMU_HERE) {
+    Vote v{yes, 0};
+    warp_call(what, mask, &v, vote_all, file, line);
+    return v.result;
+}
+inline int lane() { return current("a warp call")->lane; }
+}  // namespace emu
+constexpr unsigned EMU_ALL = 0xffffffff;
+template<class T> T __shfl_sync(unsigned mask, T v, int source, int width = 32, EMU_HERE) {
+    int base = emu::lane() & ~(width - 1);
+    return emu::shuffle("__shfl_sync", mask, v, base | (source & (width - 1)), width, file, line);
+}
+template<class T> T __shfl_up_sync(unsigned mask, T v, unsigned by, int width = 32, EMU_HERE) {
+    return emu::shuffle("__shfl_up_sync", mask, v, emu::lane() - (int)by, width, file, line);
+}
+template<class T> T __shfl_down_sync(unsigned mask, T v, unsigned by, int width = 32, EMU_HERE) {
+    return emu::shuffle("__shfl_down_sync", mask, v, emu::lane() + (int)by, width, file, line);
+}
+template<class T> T __shfl_xor_sync(unsigned mask, T v, int with, int width = 32, EMU_HERE) {
+    return emu::shuffle("__shfl_xor_sync", mask, v, emu::lane() ^ with, width, file, line);
+}
+inline unsigned __ballot_sync(unsigned mask, int yes, EMU_HERE) {
+    return emu::vote("__ballot_sync", mask, yes, file, line);
+}
+inline int __any_sync(unsigned mask, int yes, EMU_HERE) {
+    return emu::vote("__any_sync", mask, yes, file, line) != 0;
+}
+inline int __all_sync(unsigned mask, int yes, EMU_HERE) {
+    return emu::vote("__all_sync", mask, !yes, file, line) == 0;
+}
+inline void __syncwarp(unsigned mask = EMU_ALL, EMU_HERE) {
+    void *order = &emu::block->warps[emu::current("__syncwarp")->warp];
+    __tsan_release(order);
+    emu::warp_call("__syncwarp", mask, nullptr, nullptr, file, line);
+    __tsan_acquire(order);
+}
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence_block() { __threadfence(); }
+inline void __trap() { EMU_FAULT("__trap()"); }
+
+// ---- atomics: real ones, as blocks may run on several OS threads --------------------------------
+namespace emu {
+template<class T, class F> T atomic_update(T *p, F f) {
+    using U = std::conditional_t<sizeof(T) == 2, uint16_t,
+                                 std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+    U before = __atomic_load_n((U *)p, __ATOMIC_RELAXED), after;
+    T old, next;
+    do {
+        memcpy((void *)&old, &before, sizeof(T));
+        next = f(old);
+        memcpy((void *)&after, &next, sizeof(T));
+    } while (!__atomic_compare_exchange_n((U *)p, &before, after, false, EMU_ATOMIC, __ATOMIC_RELAXED));
+    return old;
+}
+}  // namespace emu
+#define EMU_ATOMIC_OP(name, next)                                                            \
+    template<class T> T name(T *p, std::type_identity_t<T> v) {                              \
+        return emu::atomic_update(p, [=](T old) { return T(next); });                        \
+    }
+EMU_ATOMIC_OP(atomicAdd, old + v)
+EMU_ATOMIC_OP(atomicSub, old - v)
+EMU_ATOMIC_OP(atomicMax, old > v ? old : v)
+EMU_ATOMIC_OP(atomicMin, old < v ? old : v)
+EMU_ATOMIC_OP(atomicAnd, old & v)
+EMU_ATOMIC_OP(atomicOr, old | v)
+EMU_ATOMIC_OP(atomicXor, old ^ v)
+EMU_ATOMIC_OP(atomicExch, v)
+template<class T> T atomicCAS(T *p, std::type_identity_t<T> expected, std::type_identity_t<T> v) {
+    return emu::atomic_update(p, [=](T old) { return old == expected ? v : old; });
+}
+
+// ---- intrinsics ---------------------------------------------------------------------------------
+template<class T> T __ldg(const T *p) { return *p; }
+template<class T> T __ldcs(const T *p) { return *p; }
+template<class T> T __ldcg(const T *p) { return *p; }
+template<class T> void __stcs(T *p, std::type_identity_t<T> v) { *p = v; }
+template<class T> void __stcg(T *p, std::type_identity_t<T> v) { *p = v; }
+template<class A, class B> constexpr std::common_type_t<A, B> min(A a, B b) {
+    std::common_type_t<A, B> x = a, y = b;
+    return y < x ? y : x;
+}
+template<class A, class B> constexpr std::common_type_t<A, B> max(A a, B b) {
+    std::common_type_t<A, B> x = a, y = b;
+    return x < y ? y : x;
+}
+#define __expf(x) expf(x)               // macros: the C library declares functions of these names
+#define __logf(x) logf(x)
+#define __sinf(x) sinf(x)
+#define __cosf(x) cosf(x)
+#define __powf(x, y) powf(x, y)
+#define rsqrtf(x) (1.0f / sqrtf(x))
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __frcp_rn(float a) { return 1 / a; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline float __saturatef(float x) { return x < 0 ? 0 : x > 1 ? 1 : x; }
+namespace emu {
+template<class To, class From> To bits(From v) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy((void *)&to, &v, sizeof to);
+    return to;
+}
+}  // namespace emu
+inline int __float_as_int(float f) { return emu::bits<int>(f); }
+inline unsigned __float_as_uint(float f) { return emu::bits<unsigned>(f); }
+inline float __int_as_float(int i) { return emu::bits<float>(i); }
+inline float __uint_as_float(unsigned u) { return emu::bits<float>(u); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
+inline unsigned __brev(unsigned x) {
+    unsigned r = 0;
+    for (int i = 0; i < 32; i++) r |= (x >> i & 1) << (31 - i);
+    return r;
+}
+inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }

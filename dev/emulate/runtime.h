@@ -1,0 +1,551 @@
+// CUDA on a CPU, part 3: the runtime. Memory with a register of what was allocated, against which
+// copies and kernel arguments are checked; streams, events, graphs; launches.
+#pragma once
+#include <chrono>
+#include <deque>
+#include <memory>
+#include <set>
+#include <vector>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include "types.h"
+#define CUDART_VERSION 13000
+
+struct CUstream_st;
+typedef CUstream_st *cudaStream_t;
+
+// ---- complaints ---------------------------------------------------------------------------------
+inline cudaError_t cudaGetLastError() { return std::exchange(emu::last_error, cudaSuccess); }
+inline cudaError_t cudaPeekAtLastError() { return emu::last_error; }
+inline const char *cudaGetErrorString(cudaError_t e) {
+#define X(name, value, text) if (e == name) return text;
+    EMU_CUDA_ERRORS(X)
+#undef X
+    return "unrecognized error code";
+}
+inline const char *cudaGetErrorName(cudaError_t e) {
+#define X(name, value, text) if (e == name) return #name;
+    EMU_CUDA_ERRORS(X)
+#undef X
+    return "unrecognized error code";
+}
+namespace emu {
+// A wrong call: one that a GPU might let pass today and fail on tomorrow.
+inline cudaError_t wrong(cudaError_t e, const char *call, const char *why) {
+    fprintf(stderr, "emulate: %s: %s\n", call, why);
+    fflush(stderr);
+    if (settings.abort) abort();
+    return last_error = e;
+}
+
+// ---- memory -------------------------------------------------------------------------------------
+struct Allocation { size_t size, mapped; };             // mapped: 0, or bytes of address space
+inline std::map<char *, Allocation> device_memory, pinned_memory;
+inline size_t device_used = 0;
+
+// The allocation that p points into, and what is left of it from there; {nullptr, 0} if none.
+inline std::pair<char *, size_t> find(const std::map<char *, Allocation> &memory, const void *p) {
+    auto it = memory.upper_bound((char *)p);
+    if (it == memory.begin()) return {nullptr, 0};
+    --it;
+    size_t offset = (size_t)((char *)p - it->first);
+    if (offset >= it->second.size) return {nullptr, 0};
+    return {it->first, it->second.size - offset};
+}
+inline bool on_device(const void *p, size_t n) { return find(device_memory, p).second >= n; }
+inline bool touches_device(const void *p) { return find(device_memory, p).first; }
+inline bool is_pinned(const void *p) { return find(pinned_memory, p).first; }
+
+// To the address sanitizer, device memory is out of bounds while the host runs.
+inline void poison_device(bool closed) {
+    for (auto &[p, a] : device_memory)
+        if (EMU_ASAN && !a.mapped)
+            closed ? __asan_poison_memory_region(p, a.size) : __asan_unpoison_memory_region(p, a.size);
+}
+struct DeviceOpen {                     // while one lives, device memory can be touched
+    inline static int depth = 0;
+    DeviceOpen() { if (!depth++) poison_device(false); }
+    ~DeviceOpen() { if (!--depth) poison_device(true); }
+};
+
+// Buffers from 64 MiB on take no memory until written, so that offsets beyond 2^31 can be tested: they
+// are private mappings, again and again, of one file of fill bytes. Behind each lies a page that faults.
+constexpr size_t SPARSE = (size_t)64 << 20, PIECE = (size_t)16 << 20, PAGE = 4096;
+inline int fill_file() {
+    static int file = -1;
+    if (file >= 0) return file;
+    file = (int)syscall(SYS_memfd_create, "emulate", 0);
+    std::vector<char> bytes(PIECE, (char)settings.fill);
+    return write(file, bytes.data(), PIECE) == (ssize_t)PIECE ? file : file = -1;
+}
+inline char *map_sparse(size_t size, size_t *mapped) {
+    *mapped = (size + PIECE - 1) / PIECE * PIECE + PAGE;
+    void *p = mmap(nullptr, *mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) return nullptr;
+    for (size_t at = 0; at < size; at += PIECE) {
+        size_t n = std::min(PIECE, (size - at + PAGE - 1) / PAGE * PAGE);
+        void *piece = mmap((char *)p + at, n, PROT_READ | PROT_WRITE,
+                           MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fill_file(), 0);
+        if (piece == MAP_FAILED) return nullptr;
+    }
+    return (char *)p;
+}
+inline char *allocate(size_t size) {
+    size_t room = (size + 255) / 256 * 256;
+    char *p = (char *)aligned_alloc(256, room);
+    if (!p) return p;
+    memset(p, settings.fill, size);
+    __asan_poison_memory_region(p + size, room - size);
+    return p;
+}
+
+// ---- streams, events, graphs --------------------------------------------------------------------
+// Work is queued and, unless EMU_STREAMS=late, done at once. Late, it is done when something waits for
+// it, so that what was not waited for, or a pinned buffer that was used again too early, shows.
+typedef std::function<void()> Work;
+struct Queued { uint64_t number; Work work; };
+}  // namespace emu
+
+struct CUgraph_st { std::vector<emu::Work> nodes; };
+struct CUgraphExec_st { std::shared_ptr<std::vector<emu::Work>> nodes; };
+struct CUstream_st {
+    std::deque<emu::Queued> queue;
+    bool blocking = true;               // keeps order with the default stream
+    CUgraph_st *capture = nullptr;
+};
+struct CUevent_st {                     // all that its stream was given before `number`
+    cudaStream_t stream;
+    uint64_t number = 0;
+    CUgraph_st *capture = nullptr;
+    std::chrono::steady_clock::time_point time;
+};
+typedef CUgraph_st *cudaGraph_t;
+typedef CUgraphExec_st *cudaGraphExec_t;
+typedef CUevent_st *cudaEvent_t;
+
+namespace emu {
+inline CUstream_st default_stream;
+inline std::set<cudaStream_t> streams = {&default_stream};
+inline uint64_t issued = 0;
+inline int captures = 0;                // streams that are being captured
+
+inline cudaStream_t stream_of(cudaStream_t s) { return s ? s : &default_stream; }
+inline void finish(cudaStream_t s, uint64_t before = ~0ull) {   // does what s was given before that
+    while (streams.count(s) && !s->queue.empty() && s->queue.front().number < before) {
+        Queued next = std::move(s->queue.front());
+        s->queue.pop_front();
+        if (s == &default_stream) {
+            for (cudaStream_t other : streams)
+                if (other != s && other->blocking) finish(other, next.number);
+        } else if (s->blocking) finish(&default_stream, next.number);
+        next.work();
+    }
+}
+inline void finish_all() { for (cudaStream_t s : streams) finish(s); }
+inline cudaError_t enqueue(cudaStream_t stream, Work work) {
+    cudaStream_t s = stream_of(stream);
+    if (s->capture) { s->capture->nodes.push_back(std::move(work)); return cudaSuccess; }
+    if (captures && s == &default_stream)
+        return wrong(cudaErrorStreamCaptureImplicit, "default stream", "used during a stream capture");
+    s->queue.push_back({++issued, std::move(work)});
+    if (!settings.late) finish(s);
+    return last_error;
+}
+// A call that makes the host wait, or allocates, must not be made during a capture.
+inline bool in_capture(const char *call) {
+    return captures && wrong(cudaErrorStreamCaptureUnsupported, call, "called during a stream capture");
+}
+}  // namespace emu
+
+enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1 };
+enum { cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2 };
+enum cudaStreamCaptureMode {
+    cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed
+};
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags) {
+    *s = new CUstream_st;
+    (*s)->blocking = flags != cudaStreamNonBlocking;
+    emu::streams.insert(*s);
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamCreate(cudaStream_t *s) { return cudaStreamCreateWithFlags(s, 0); }
+inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
+    emu::finish(s);
+    emu::streams.erase(s);
+    delete s;
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t s) {
+    if (emu::in_capture("cudaStreamSynchronize")) return emu::last_error;
+    emu::finish(emu::stream_of(s));
+    return emu::last_error;
+}
+inline cudaError_t cudaDeviceSynchronize() {
+    if (emu::in_capture("cudaDeviceSynchronize")) return emu::last_error;
+    emu::finish_all();
+    return emu::last_error;
+}
+inline cudaError_t cudaLaunchHostFunc(cudaStream_t s, void (*f)(void *), void *arg) {
+    return emu::enqueue(s, [=] { f(arg); });
+}
+
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) {
+    *e = new CUevent_st{};
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventCreate(cudaEvent_t *e) { return cudaEventCreateWithFlags(e, 0); }
+inline cudaError_t cudaEventDestroy(cudaEvent_t e) {
+    emu::finish_all();                  // work that stamps it may be queued
+    delete e;
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t stream = nullptr) {
+    e->stream = emu::stream_of(stream);
+    e->capture = e->stream->capture;
+    if (e->capture) return cudaSuccess;
+    cudaError_t error = emu::enqueue(stream, [=] { e->time = std::chrono::steady_clock::now(); });
+    e->number = emu::issued + 1;
+    return error;
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t e) {
+    if (emu::in_capture("cudaEventSynchronize")) return emu::last_error;
+    if (e->number) emu::finish(e->stream, e->number);
+    return emu::last_error;
+}
+inline cudaError_t cudaEventQuery(cudaEvent_t e) {      // some progress, or polling would not end
+    auto waiting = [=] {
+        return e->number && emu::streams.count(e->stream) && !e->stream->queue.empty()
+            && e->stream->queue.front().number < e->number;
+    };
+    if (waiting()) emu::finish(e->stream, e->stream->queue.front().number + 1);
+    return waiting() ? cudaErrorNotReady : emu::last_error;
+}
+inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
+    if (cudaEventQuery(from) || cudaEventQuery(to)) return cudaErrorNotReady;
+    *ms = std::chrono::duration<float, std::milli>(to->time - from->time).count();
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned = 0) {
+    if (e->capture) { emu::stream_of(s)->capture = e->capture; return cudaSuccess; }    // joins it
+    if (!e->number) return cudaSuccess;
+    return emu::enqueue(s, [stream = e->stream, number = e->number] { emu::finish(stream, number); });
+}
+
+// A graph is the list of what the captured streams were given, in the order of issue.
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
+    if (!s || s->capture)
+        return emu::wrong(cudaErrorStreamCaptureUnsupported, "cudaStreamBeginCapture",
+                          "the default stream, or one that is being captured");
+    s->capture = new CUgraph_st;
+    emu::captures++;
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *graph) {
+    *graph = s->capture;
+    if (!*graph) return emu::wrong(cudaErrorInvalidValue, "cudaStreamEndCapture", "not being captured");
+    for (cudaStream_t t : emu::streams) if (t->capture == *graph) t->capture = nullptr;
+    emu::captures--;
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t g, unsigned long long = 0) {
+    *exec = new CUgraphExec_st{std::make_shared<std::vector<emu::Work>>(g->nodes)};
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t s) {
+    return emu::enqueue(s, [nodes = exec->nodes] { for (auto &work : *nodes) work(); });
+}
+inline cudaError_t cudaGraphDestroy(cudaGraph_t g) { delete g; return cudaSuccess; }
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { delete exec; return cudaSuccess; }
+
+// ---- allocating ---------------------------------------------------------------------------------
+inline cudaError_t cudaMalloc(void **p, size_t n) {
+    *p = nullptr;
+    if (emu::in_capture("cudaMalloc")) return emu::last_error;
+    if (!n) return cudaSuccess;
+    if (n > emu::settings.memory - emu::device_used) return cudaErrorMemoryAllocation;
+    size_t mapped = 0;
+    char *at = n < emu::SPARSE ? emu::allocate(n) : emu::map_sparse(n, &mapped);
+    if (!at) return cudaErrorMemoryAllocation;
+    if (EMU_ASAN && !mapped) __asan_poison_memory_region(at, n);
+    emu::device_memory[at] = {n, mapped};
+    emu::device_used += n;
+    *p = at;
+    return cudaSuccess;
+}
+template<class T> cudaError_t cudaMalloc(T **p, size_t n) { return cudaMalloc((void **)p, n); }
+inline cudaError_t cudaFree(void *p) {
+    if (!p) return cudaSuccess;
+    if (emu::in_capture("cudaFree")) return emu::last_error;
+    emu::finish_all();
+    auto it = emu::device_memory.find((char *)p);
+    if (it == emu::device_memory.end())
+        return emu::wrong(cudaErrorInvalidValue, "cudaFree", "not a pointer from cudaMalloc");
+    auto [n, mapped] = it->second;
+    emu::device_memory.erase(it);
+    emu::device_used -= n;
+    if (mapped) munmap(p, mapped);
+    else { __asan_unpoison_memory_region(p, n); free(p); }
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemGetInfo(size_t *left, size_t *total) {
+    *total = emu::settings.memory;
+    *left = *total - emu::device_used;
+    return cudaSuccess;
+}
+enum { cudaHostAllocDefault = 0, cudaHostAllocPortable = 1, cudaHostAllocWriteCombined = 4 };
+inline cudaError_t cudaHostAlloc(void **p, size_t n, unsigned) {
+    *p = emu::allocate(n ? n : 1);
+    if (!*p) return cudaErrorMemoryAllocation;
+    emu::pinned_memory[(char *)*p] = {n, 0};
+    return cudaSuccess;
+}
+template<class T> cudaError_t cudaHostAlloc(T **p, size_t n, unsigned flags) {
+    return cudaHostAlloc((void **)p, n, flags);
+}
+template<class T> cudaError_t cudaMallocHost(T **p, size_t n) { return cudaHostAlloc((void **)p, n, 0); }
+inline cudaError_t cudaFreeHost(void *p) {
+    emu::finish_all();
+    if (p && !emu::pinned_memory.erase((char *)p))
+        return emu::wrong(cudaErrorInvalidValue, "cudaFreeHost", "not a pointer from cudaMallocHost");
+    free(p);
+    return cudaSuccess;
+}
+
+// ---- copying and filling ------------------------------------------------------------------------
+enum cudaMemcpyKind {
+    cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice,
+    cudaMemcpyDefault
+};
+namespace emu {
+struct Rows { size_t pitch_to, pitch_from, width, height; };
+inline const char *why_not(const void *to, const void *from, Rows r, cudaMemcpyKind kind) {
+    bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+    bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+    if (r.width > r.pitch_to || r.width > r.pitch_from) return "rows are wider than their pitch";
+    size_t size_to = r.pitch_to * (r.height - 1) + r.width;
+    size_t size_from = r.pitch_from * (r.height - 1) + r.width;
+    if (kind == cudaMemcpyDefault) to_device = touches_device(to), from_device = touches_device(from);
+    if (to_device ? !on_device(to, size_to) : touches_device(to))
+        return "the target is not memory of that kind, or too small";
+    if (from_device ? !on_device(from, size_from) : touches_device(from))
+        return "the source is not memory of that kind, or too small";
+    return nullptr;
+}
+inline void copy_rows(void *to, const void *from, Rows r) {
+    DeviceOpen open;
+    for (size_t i = 0; i < r.height; i++)
+        memmove((char *)to + i * r.pitch_to, (const char *)from + i * r.pitch_from, r.width);
+}
+// As on a GPU, pageable memory is read before the call returns, and written before it returns.
+inline cudaError_t copy(const char *call, void *to, const void *from, Rows r, cudaMemcpyKind kind,
+                        cudaStream_t stream) {
+    if (!r.width || !r.height) return cudaSuccess;
+    if (const char *why = why_not(to, from, r, kind)) return wrong(cudaErrorInvalidValue, call, why);
+    bool captured = stream_of(stream)->capture;
+    if (!captured && !touches_device(from) && !is_pinned(from)) {
+        auto staged = std::make_shared<std::vector<char>>(r.width * r.height);
+        Rows in = {r.width, r.pitch_from, r.width, r.height};
+        Rows out = {r.pitch_to, r.width, r.width, r.height};
+        copy_rows(staged->data(), from, in);
+        return enqueue(stream, [=] { copy_rows(to, staged->data(), out); });
+    }
+    cudaError_t e = enqueue(stream, [=] { copy_rows(to, from, r); });
+    if (!captured && !touches_device(to) && !is_pinned(to)) finish(stream_of(stream));
+    return e;
+}
+}  // namespace emu
+inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind kind,
+                                   cudaStream_t stream = nullptr) {
+    return emu::copy("cudaMemcpyAsync", to, from, {n, n, n, 1}, kind, stream);
+}
+inline cudaError_t cudaMemcpy(void *to, const void *from, size_t n, cudaMemcpyKind kind) {
+    cudaError_t e = emu::copy("cudaMemcpy", to, from, {n, n, n, 1}, kind, nullptr);
+    emu::finish(&emu::default_stream);
+    return e ? e : emu::last_error;
+}
+inline cudaError_t cudaMemcpy2DAsync(void *to, size_t pitch_to, const void *from, size_t pitch_from,
+                                     size_t width, size_t height, cudaMemcpyKind kind,
+                                     cudaStream_t stream = nullptr) {
+    emu::Rows rows = {pitch_to, pitch_from, width, height};
+    return emu::copy("cudaMemcpy2DAsync", to, from, rows, kind, stream);
+}
+inline cudaError_t cudaMemcpy2D(void *to, size_t pitch_to, const void *from, size_t pitch_from,
+                                size_t width, size_t height, cudaMemcpyKind kind) {
+    emu::Rows rows = {pitch_to, pitch_from, width, height};
+    cudaError_t e = emu::copy("cudaMemcpy2D", to, from, rows, kind, nullptr);
+    emu::finish(&emu::default_stream);
+    return e ? e : emu::last_error;
+}
+inline cudaError_t cudaMemsetAsync(void *p, int byte, size_t n, cudaStream_t stream = nullptr) {
+    if (n && !emu::on_device(p, n))
+        return emu::wrong(cudaErrorInvalidValue, "cudaMemset", "not device memory, or too small");
+    return emu::enqueue(stream, [=] {
+        emu::DeviceOpen open;
+        memset(p, byte, n);
+    });
+}
+inline cudaError_t cudaMemset(void *p, int byte, size_t n) { return cudaMemsetAsync(p, byte, n); }
+template<class T> cudaError_t cudaMemcpyToSymbol(T &symbol, const void *from, size_t n, size_t at = 0) {
+    emu::finish_all();
+    memcpy((char *)&symbol + at, from, n);
+    return cudaSuccess;
+}
+template<class T> cudaError_t cudaMemcpyFromSymbol(void *to, T &symbol, size_t n, size_t at = 0) {
+    emu::finish_all();
+    memcpy(to, (char *)&symbol + at, n);
+    return cudaSuccess;
+}
+
+// ---- launching ----------------------------------------------------------------------------------
+namespace emu {
+inline std::map<const void *, Kernel> kernels;
+inline Kernel *find_kernel(const void *f, const char *text) {   // text: "k<A, B>, more"
+    Kernel *k = &kernels[f];
+    if (!k->name.empty()) return k;
+    for (int depth = 0; *text && (*text != ',' || depth); k->name += *text++)
+        depth += (*text == '<') - (*text == '>');
+    return k;
+}
+// What a pointer argument points to must be device memory, now that the kernel runs.
+template<class T> void check_argument(const Kernel *k, int number, const T &value) {
+    if constexpr (std::is_pointer_v<T>) {
+        if (value && !touches_device((const void *)value)) {
+            fprintf(stderr, "emulate: kernel %s: argument %d does not point to device memory\n",
+                    k->name.c_str(), number);
+            if (settings.abort) abort();
+        }
+    }
+}
+inline cudaError_t check_shape(Kernel *k, dim3 g, dim3 b, size_t shared) {
+    unsigned long long threads = (unsigned long long)b.x * b.y * b.z;
+    size_t limit = k->asked ? k->asked : SHARED_UNASKED;
+    bool fits = threads && threads <= MAX_THREADS && b.z <= 64 && g.x && g.y && g.z
+        && g.x <= INT_MAX && g.y <= 65535 && g.z <= 65535;
+    if (fits && shared <= limit) return cudaSuccess;
+    fprintf(stderr, "emulate: kernel %s: grid (%u,%u,%u), block (%u,%u,%u), %zu bytes of dynamic shared "
+            "memory of at most %zu\n", k->name.c_str(), g.x, g.y, g.z, b.x, b.y, b.z, shared, limit);
+    return last_error = fits ? cudaErrorInvalidValue : cudaErrorInvalidConfiguration;
+}
+// launch("k", k, grid, block, shared, stream)(args): arguments are copied now, used when it runs.
+template<class... P>
+auto launch(const char *name, void (*f)(P...), dim3 grid, dim3 block, size_t shared = 0,
+            cudaStream_t stream = nullptr) {
+    return [=](P... args) {
+        Kernel *k = find_kernel((const void *)f, name);
+        if (cudaError_t e = check_shape(k, grid, block, shared)) return e;
+        return enqueue(stream, [=] {
+            int number = 0;
+            (check_argument(k, ++number, args), ...);
+            DeviceOpen open;
+            k->launches++;
+            k->shared = std::max(k->shared, shared);
+            run_grid(k, grid, block, shared, [&] { f(args...); });
+        });
+    };
+}
+struct Report {                         // EMU_REPORT=1, at exit
+    ~Report() {
+        if (!settings.report) return;
+        for (auto &[f, k] : kernels)
+            fprintf(stderr, "emulate: %s: %llu launches, %zu bytes of shared memory, %llu ldmatrix "
+                    "wavefronts, %llu bank conflicts\n", k.name.c_str(), k.launches, k.shared, k.wavefronts,
+                    k.conflicts);
+    }
+};
+inline Report report_at_exit;           // made after `kernels`, so ended before it
+}  // namespace emu
+
+enum cudaLaunchAttributeID {
+    cudaLaunchAttributeIgnore = 0, cudaLaunchAttributeProgrammaticStreamSerialization = 6
+};
+union cudaLaunchAttributeValue { char pad[64]; int programmaticStreamSerializationAllowed; };
+struct cudaLaunchAttribute { cudaLaunchAttributeID id; cudaLaunchAttributeValue val; };
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+    cudaLaunchAttribute *attrs;
+    unsigned numAttrs;
+};
+// Programmatic serialization is a permission to start early, of which this makes no use.
+template<class... P, class... A>
+cudaError_t emu_launch_ex(const char *text, const cudaLaunchConfig_t *c, void (*f)(P...), A &&...args) {
+    auto run = emu::launch(text, f, c->gridDim, c->blockDim, c->dynamicSmemBytes, c->stream);
+    return run(std::forward<A>(args)...);
+}
+#define cudaLaunchKernelEx(config, ...) emu_launch_ex(#__VA_ARGS__, config, __VA_ARGS__)
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+    cudaFuncAttributePreferredSharedMemoryCarveout = 9
+};
+template<class... P>
+cudaError_t emu_func_set_attribute(const char *text, void (*f)(P...), cudaFuncAttribute a, int value) {
+    if (a != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+    if (value < 0 || (size_t)value > emu::shared_per_block())
+        return emu::last_error = cudaErrorInvalidValue;
+    emu::find_kernel((const void *)f, text)->asked = (size_t)value;
+    return cudaSuccess;
+}
+#define cudaFuncSetAttribute(...) emu_func_set_attribute(#__VA_ARGS__, __VA_ARGS__)
+template<class... P>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, void (*)(P...), int threads, size_t shared) {
+    *n = std::min(2048 / threads, (int)(emu::shared_per_multiprocessor() / (shared + emu::KiB)));
+    return cudaSuccess;
+}
+
+// ---- the device ---------------------------------------------------------------------------------
+struct cudaDeviceProp {
+    char name[256];
+    size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
+    size_t reservedSharedMemPerBlock;
+    int major, minor, multiProcessorCount, warpSize, maxThreadsPerBlock, maxThreadsPerMultiProcessor;
+    int regsPerBlock, regsPerMultiprocessor, l2CacheSize, memoryBusWidth, ECCEnabled, integrated;
+    int concurrentManagedAccess;
+};
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
+    *p = {};
+    if (device) return cudaErrorInvalidDevice;
+    snprintf(p->name, sizeof p->name, "CPU as sm_%d", emu::settings.sm);
+    p->totalGlobalMem = emu::settings.memory;
+    p->sharedMemPerBlock = emu::SHARED_UNASKED;
+    p->sharedMemPerBlockOptin = emu::shared_per_block();
+    p->sharedMemPerMultiprocessor = emu::shared_per_multiprocessor();
+    p->reservedSharedMemPerBlock = emu::KiB;
+    p->major = emu::settings.sm / 10, p->minor = emu::settings.sm % 10;
+    p->multiProcessorCount = emu::settings.multiprocessors;
+    p->warpSize = 32, p->maxThreadsPerBlock = 1024, p->maxThreadsPerMultiProcessor = 2048;
+    p->regsPerBlock = p->regsPerMultiprocessor = 65536;
+    p->l2CacheSize = 50 << 20, p->memoryBusWidth = 5120;
+    return cudaSuccess;
+}
+enum cudaDeviceAttr {
+    cudaDevAttrMaxThreadsPerBlock = 1, cudaDevAttrMaxSharedMemoryPerBlock = 8,
+    cudaDevAttrClockRate = 13, cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMemoryClockRate = 36,
+    cudaDevAttrGlobalMemoryBusWidth = 37, cudaDevAttrL2CacheSize = 38,
+    cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76,
+    cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
+inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr a, int device) {
+    cudaDeviceProp p;
+    if (cudaError_t e = cudaGetDeviceProperties(&p, device)) return e;
+    switch (a) {
+    case cudaDevAttrMaxThreadsPerBlock: *value = p.maxThreadsPerBlock; break;
+    case cudaDevAttrMaxSharedMemoryPerBlock: *value = (int)p.sharedMemPerBlock; break;
+    case cudaDevAttrClockRate: *value = 1000000; break;         // kHz: 1 GHz, of no meaning
+    case cudaDevAttrMultiProcessorCount: *value = p.multiProcessorCount; break;
+    case cudaDevAttrMemoryClockRate: *value = 1000000; break;
+    case cudaDevAttrGlobalMemoryBusWidth: *value = p.memoryBusWidth; break;
+    case cudaDevAttrL2CacheSize: *value = p.l2CacheSize; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = p.major; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = p.minor; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = (int)p.sharedMemPerMultiprocessor; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = (int)p.sharedMemPerBlockOptin; break;
+    }
+    return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) { return device ? cudaErrorInvalidDevice : cudaSuccess; }
+inline cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int *n) { return *n = 1, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int *v) { return *v = CUDART_VERSION, cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int *v) { return *v = CUDART_VERSION, cudaSuccess; }
+inline cudaError_t cudaDeviceReset() { emu::finish_all(); return cudaSuccess; }

@@ -1,0 +1,156 @@
+// ================================================================================================
+// Small tools: errors, memory, files, text, random numbers
+// ================================================================================================
+
+static const char *program = "train_mamba2";
+
+__attribute__((noreturn)) static void vdie(int status, const char *format, va_list args) {
+    fflush(stdout);
+    fprintf(stderr, "error: ");
+    vfprintf(stderr, format, args);
+    fprintf(stderr, "\n");
+    exit(status);
+}
+
+// Bad input, file, shape or numerics: one sentence that names what was found, what was expected and
+// what to do; exit status 1.
+__attribute__((noreturn)) PRINTF(1, 2) static void die(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vdie(1, format, args);
+}
+
+// Wrong usage: exit status 2.
+__attribute__((noreturn)) PRINTF(1, 2) static void die_usage(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vdie(2, format, args);
+}
+
+static double now(void) {               // seconds
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9*(double)t.tv_nsec;
+}
+
+static size_t mul(size_t a, size_t b) {
+    size_t product;
+    CHECK(!__builtin_mul_overflow(a, b, &product), "a size of %zu x %zu overflows", a, b);
+    return product;
+}
+
+// Zeroed memory, aligned for vectors. Released by free().
+static void *alloc(size_t count, size_t size) {
+    size_t bytes = (mul(count, size) + 127)/64*64;
+    void *p = aligned_alloc(64, bytes);
+    CHECK(p, "out of memory: %zu bytes (%.2f GiB) could not be had; try a smaller --batch or "
+          "--seq-len, or --recompute", bytes, (double)bytes/(1 << 30));
+    return memset(p, 0, bytes);
+}
+
+static real *alloc_reals(size_t count) { return (real *)alloc(count, sizeof(real)); }
+
+typedef struct { char *data; size_t size, room; } Text;      // a string that grows
+
+PRINTF(2, 3) static void put(Text *t, const char *format, ...) {
+    va_list args, again;
+    va_start(args, format);
+    va_copy(again, args);
+    size_t more = (size_t)vsnprintf(NULL, 0, format, args);
+    if (t->size + more + 1 > t->room) {
+        t->room = 2*(t->size + more + 64);
+        t->data = (char *)realloc(t->data, t->room);
+        CHECK(t->data, "out of memory: %zu bytes of text", t->room);
+    }
+    vsnprintf(t->data + t->size, more + 1, format, again);
+    t->size += more;
+    va_end(args);
+    va_end(again);
+}
+
+static void put_bytes(Text *t, const void *data, size_t size) {
+    if (!size) return;
+    put(t, "%*s", (int)size, "");                            // makes room
+    memcpy(t->data + t->size - size, data, size);
+}
+
+// A path or another short string put together by printf; lives until the 16th call after it.
+PRINTF(1, 2) static const char *str(const char *format, ...) {
+    static char ring[16][2*PATH_MAX];
+    static int turn;
+    char *s = ring[turn++ % 16];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(s, sizeof ring[0], format, args);
+    va_end(args);
+    return s;
+}
+
+typedef struct { char *data; size_t size; } Bytes;
+
+// The whole of a file, unpacked if it is gzip'ed, with a zero byte behind its end.
+static Bytes read_file(const char *path) {
+    struct stat st;
+    CHECK(stat(path, &st) == 0, "%s: %s", path, strerror(errno));
+    CHECK(!S_ISDIR(st.st_mode), "%s is a directory, expected a file", path);
+    gzFile file = gzopen(path, "rb");
+    CHECK(file, "%s: %s", path, strerror(errno));
+    Bytes b = { NULL, 0 };
+    for (size_t room = (size_t)st.st_size + 1;; room *= 2) {
+        b.data = (char *)realloc(b.data, room + 1);
+        CHECK(b.data, "%s: out of memory for its %zu bytes", path, room);
+        while (b.size < room) {
+            size_t want = room - b.size < 1 << 30 ? room - b.size : 1 << 30;
+            int got = gzread(file, b.data + b.size, (unsigned)want);
+            int code;
+            CHECK(got >= 0, "%s: %s; the file is damaged", path, gzerror(file, &code));
+            if (!got) break;
+            b.size += (size_t)got;
+        }
+        if (b.size < room) break;
+    }
+    CHECK(gzclose(file) == Z_OK, "%s ends in the middle of its gzip stream: it is cut off", path);
+    b.data[b.size] = 0;
+    return b;
+}
+
+// A file being written, with the crc32 of what went into it. All failures end the program.
+typedef struct { const char *path; int fd; uint32_t crc; size_t size; } Output;
+
+static Output output_open(const char *path) {
+    Output o = { path, open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666), 0, 0 };
+    CHECK(o.fd >= 0, "%s: could not create: %s", path, strerror(errno));
+    return o;
+}
+
+static void output(Output *o, const void *data, size_t size) {
+    for (const char *p = (const char *)data, *end = p + size; p < end; ) {
+        size_t piece = (size_t)(end - p) < 1 << 26 ? (size_t)(end - p) : 1 << 26;
+        ssize_t done = write(o->fd, p, piece);
+        if (done < 0 && errno == EINTR) continue;
+        CHECK(done > 0, "%s: could not write: %s", o->path, strerror(errno));
+        o->crc = (uint32_t)crc32(o->crc, (const Bytef *)p, (uInt)done);
+        o->size += (size_t)done, p += done;
+    }
+}
+
+static void output_close(const Output *o) {                  // on the disk, not just in its cache
+    CHECK(fsync(o->fd) == 0 || errno == EINVAL, "%s: %s", o->path, strerror(errno));
+    CHECK(close(o->fd) == 0, "%s: %s", o->path, strerror(errno));
+}
+
+static Output write_file(const char *path, const void *data, size_t size) {
+    Output o = output_open(path);
+    output(&o, data, size);
+    output_close(&o);
+    return o;
+}
+
+static void sync_directory(const char *path) {
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    CHECK(fd >= 0 && fsync(fd) == 0, "%s: %s", path, strerror(errno));
+    close(fd);
+}
+
+static int exists(const char *path) { struct stat st; return stat(path, &st) == 0; }
+

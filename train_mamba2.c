@@ -1,0 +1,3397 @@
+// train_mamba2.c: trains Mamba-2 language models on the CPU, in plain C.
+//
+// The whole of it is in this file: the model of "Transformers are SSMs" (Dao and Gu 2024, arXiv
+// 2405.21060; below: the paper), its forward and its backward pass written out by hand, AdamW, the
+// data loader, checkpoints that Hugging Face loads, and sampling. No library but OpenMP and zlib.
+// Read it from top to bottom; `grep -n '^// ====' train_mamba2.c` prints the table of contents.
+//
+//     make && ./train_mamba2            trains a small model on Shakespeare, about two minutes
+//     ./train_mamba2 --help             all flags
+//
+// One letter for each size, here, in the CUDA file, in the tests and in doc/:
+//
+//     R  rows of a batch            T  tokens of a row           n = R*T
+//     M  d_model                    E  d_inner = expand*M        L  layers
+//     H  heads                      P  headdim (E = H*P)         N  d_state
+//     G  groups of B and C          W  width of the convolution  Q  chunk of SSD
+//     S  = E + 2GN channels of the convolution: x | B | C
+//     Z  = S + E + H columns of in_proj's output: z | x | B | C | dt
+//     F  d_intermediate of the MLP  V  rows of the vocabulary, padded
+//
+// Tensors have the paper's names: u x z B C dt A D y. `g_x` is the gradient of the loss with
+// respect to x. Gradients of weights add up over the micro-batches of a step; those of activations
+// are overwritten. Arrays are row-major, with the shape beside the name: `x (n,E)`.
+//
+// The file is C11 and C++20 at once, because train_mamba2.cu includes it, in float and, compiled
+// with -DREAL=double, in double: the double program is the judge of the float one.
+
+#ifndef NO_INCLUDES                     // train_mamba2.cu includes these outside its namespaces
+#include <ctype.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <float.h>
+#include <glob.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <time.h>
+#include <unistd.h>
+#include <zlib.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+#endif
+
+#ifndef REAL
+#define REAL float
+#endif
+typedef REAL real;                      // the type of all weights, activations and gradients
+
+#ifndef _OPENMP
+static int omp_get_max_threads(void) { return 1; }
+static int omp_get_thread_num(void) { return 0; }
+static void omp_set_num_threads(int n) { (void)n; }
+#endif
+
+#ifndef HELPERS_ONCE                    // macros, seen once even when the file is included twice
+#define HELPERS_ONCE
+#define PRINTF(f, a) __attribute__((format(printf, f, a)))
+#define PARALLEL_FOR _Pragma("omp parallel for schedule(static)")
+#define SIMD _Pragma("omp simd")
+#define CHECK(ok, ...) do { if (!(ok)) die(__VA_ARGS__); } while (0)
+#endif
+
+#include "dev/lib/tools.h"               // errors, memory, files, text
+#include "dev/lib/json.h"
+#include "dev/lib/tokenizer.h"           // bytes, and byte-level BPE from a tokenizer.json
+#include "dev/lib/safetensors.h"
+#include "dev/lib/plot.h"                // loss.png
+
+#define VERSION "0.1"
+
+// ================================================================================================
+// Random numbers and time
+// ================================================================================================
+
+// Random numbers without a state: the i-th number of a stream is a hash of (seed, stream, i), so
+// that any thread can make any number and a resumed run goes on with the same ones.
+enum { RANDOM_ORDER = 1000, RANDOM_SAMPLE };                 // streams; tensor k has stream k
+
+static uint64_t hash64(uint64_t x) {                         // splitmix64's finalizer
+    x = (x ^ x >> 30)*0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27)*0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+static uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t i) {
+    return hash64(hash64(hash64(seed + 0x9e3779b97f4a7c15u) + stream) + i*0x9e3779b97f4a7c15u);
+}
+
+static double random_uniform(uint64_t seed, uint64_t stream, uint64_t i) {       // in (0, 1)
+    return ((double)(random_bits(seed, stream, i) >> 12) + 0.5)/4503599627370496.0;
+}
+
+static double random_normal(uint64_t seed, uint64_t stream, uint64_t i) {
+    double u = random_uniform(seed, stream, 2*i), v = random_uniform(seed, stream, 2*i + 1);
+    return sqrt(-2*log(u))*cos(6.283185307179586*v);
+}
+
+// Where the time of a step goes: lap("conv1d") charges the time since the last lap to "conv1d".
+typedef struct { const char *name; double seconds; } Lap;
+static Lap laps[32];
+static double last_lap;
+
+static void lap(const char *name) {
+    double t = now();
+    size_t i = 0;
+    while (laps[i].name && strcmp(laps[i].name, name)) i++;
+    laps[i].name = name;
+    laps[i].seconds += t - last_lap;
+    last_lap = t;
+}
+
+// ================================================================================================
+// Three tables: flags, parameters, activations. Everything else about them is generated
+// ================================================================================================
+
+// ---- flags --------------------------------------------------------------------------------------
+// One row makes a field of `Flags`, a line of --help, the parser, an entry of the log's first line.
+// The default is written as a user would write it; "" means: decided later (see the help text).
+
+typedef int64_t Int;
+typedef int64_t Switch;                 // present or not
+typedef double Num;
+typedef const char *Str;
+typedef const char *Opt;                // a string that may be left out
+
+// clang-format off
+#define FLAGS(X) \
+/*  type    name           default    least   most    group       meaning                        */\
+X(Str,    data,          "data/tinyshakespeare.txt.gz", 0, 0, "Data", "training tokens: text or llm.c shards, also gzip'ed; a glob, several by comma")\
+X(Str,    val_data,      "",        0,      0,      "Data",       "validation tokens, likewise")\
+X(Num,    val_frac,      "0.1",     0,      0.9,    "Data",       "without --val-data: the last part of a single text that is held back")\
+X(Str,    tokenizer,     "",        0,      0,      "Data",       "a tokenizer.json; without it a token is a byte")\
+X(Int,    eot,           "",        0,      1e9,    "Data",       "id of end-of-text, which precedes a document")\
+X(Switch, packed,        "",        0,      1,      "Data",       "documents are independent: states start afresh at end-of-text")\
+X(Int,    shuffle,       "1",       0,      1,      "Data",       "1: documents and rows in random order; 0: file order")\
+X(Int,    seed,          "1337",    0,      9e15,   "Data",       "of initialization, order and sampling")\
+X(Str,    model,         "mini",    0,      0,      "Model",      "a preset: PRESETS")\
+X(Str,    init,          "",        0,      0,      "Model",      "start from a model directory, ours or Hugging Face's")\
+X(Int,    d_model,       "",        1,      1e6,    "Model",      "width of the residual stream")\
+X(Int,    n_layer,       "",        1,      1e5,    "Model",      "layers")\
+X(Int,    d_state,       "",        1,      1e5,    "Model",      "N, the size of a head's state beside headdim")\
+X(Int,    headdim,       "",        1,      1e5,    "Model",      "P, channels of a head; divides expand*d_model")\
+X(Int,    expand,        "",        1,      64,     "Model",      "d_inner / d_model")\
+X(Int,    ngroups,       "",        1,      1e5,    "Model",      "groups of heads that share B and C")\
+X(Int,    d_conv,        "",        1,      64,     "Model",      "width of the causal convolution")\
+X(Int,    vocab_size,    "",        1,      2e9,    "Model",      "before padding to a multiple of 16; default: the data's, or the preset's")\
+X(Int,    d_intermediate,"",        0,      1e6,    "Model",      "width of a SwiGLU MLP after each mixer; 0: none")\
+X(Int,    tie,           "",        0,      1,      "Model",      "1: the head's weight is the embedding")\
+X(Str,    dt_limit,      "",        0,      0,      "Model",      "LO,HI: bounds of dt; default 0,inf")\
+X(Int,    chunk_size,    "0",       0,      4096,   "Model",      "tokens of a chunk of SSD; 0: the fastest")\
+X(Int,    steps,         "700",     0,      1e12,   "Training",   "optimizer steps in all")\
+X(Int,    batch,         "8",       1,      1e6,    "Training",   "rows of a micro-batch")\
+X(Int,    seq_len,       "256",     1,      1e8,    "Training",   "tokens of a row")\
+X(Int,    accum,         "1",       1,      1e6,    "Training",   "micro-batches of a step")\
+X(Switch, carry,         "",        0,      1,      "Training",   "rows go on where the last step's stopped, with its states")\
+X(Switch, recompute,     "",        0,      1,      "Training",   "keep one layer's activations and compute them again")\
+X(Str,    dtype,         "f32",     0,      0,      "Training",   "of matrix products: f32 or bf16")\
+X(Int,    threads,       "",        1,      4096,   "Training",   "default: OMP_NUM_THREADS, else all cores")\
+X(Num,    lr,            "4e-3",    0,      1e3,    "Optimizer",  "peak learning rate")\
+X(Num,    min_lr,        "",        0,      1e3,    "Optimizer",  "last learning rate; default lr/10")\
+X(Int,    warmup,        "50",      0,      1e12,   "Optimizer",  "steps of linear warmup")\
+X(Str,    schedule,      "cosine",  0,      0,      "Optimizer",  "constant, linear, cosine or wsd")\
+X(Num,    decay_frac,    "0.2",     0,      1,      "Optimizer",  "wsd: the part of the steps that decays")\
+X(Num,    weight_decay,  "0.1",     0,      1e3,    "Optimizer",  "of matrices and the embedding")\
+X(Num,    beta1,         "0.9",     0,      0.99999999, "Optimizer", "AdamW: decay of the mean")\
+X(Num,    beta2,         "0.95",    0,      0.99999999, "Optimizer", "AdamW: decay of the mean square")\
+X(Num,    eps,           "1e-8",    0,      1,      "Optimizer",  "AdamW: added to the root")\
+X(Num,    clip,          "1",       0,      1e30,   "Optimizer",  "largest norm of the gradient; 0: none")\
+X(Num,    skip_loss,     "0",       0,      1e6,    "Optimizer",  "skip a step whose loss is this many deviations above its mean; 0: off")\
+X(Num,    skip_norm,     "0",       0,      1e6,    "Optimizer",  "likewise for the gradient's norm")\
+X(Str,    out,           "out",     0,      0,      "Output",     "directory of checkpoints, log.jsonl and loss.png")\
+X(Switch, resume,        "",        0,      1,      "Output",     "go on from the newest good checkpoint in --out")\
+X(Int,    save_every,    "250",     0,      1e12,   "Output",     "steps between checkpoints; one at the end; 0: none")\
+X(Int,    keep,          "2",       0,      1e9,    "Output",     "newest checkpoints that stay, beside the best; 0: all")\
+X(Int,    eval_every,    "100",     0,      1e12,   "Output",     "steps between validations; one at the end; 0: none")\
+X(Int,    eval_batches,  "0",       0,      1e12,   "Output",     "micro-batches of a validation; 0: all")\
+X(Int,    sample_every,  "350",     0,      1e12,   "Output",     "steps between samples of text; 0: none")\
+X(Int,    log_every,     "10",      1,      1e12,   "Output",     "steps between progress lines")\
+X(Int,    plot,          "1",       0,      1,      "Output",     "1: draw OUT/loss.png at every validation")\
+X(Int,    generate,      "",        0,      1e12,   "Generating", "print this many tokens after --prompt and stop")\
+X(Str,    prompt,        "",        0,      0,      "Generating", "text to go on from; - reads standard input")\
+X(Num,    temperature,   "0.8",     0,      1e3,    "Generating", "0: always the most likely token")\
+X(Int,    top_k,         "0",       0,      1e9,    "Generating", "sample from the k most likely tokens; 0: all")\
+X(Num,    top_p,         "1",       0,      1,      "Generating", "sample from the fewest tokens of this probability")\
+X(Str,    eval,          "",        0,      0,      "Inspecting", "score a file of tokens, text or tasks, and stop")\
+X(Str,    dump,          "",        0,      0,      "Inspecting", "write all tensors of the first micro-batch and stop")\
+X(Opt,    compare,       "",        0,      0,      "Inspecting", "REF[,BASE]: compare them with dumps and stop")\
+X(Int,    profile,       "0",       0,      1e9,    "Inspecting", "time the parts of this many steps and stop")\
+X(Switch, dry_run,       "",        0,      1,      "Inspecting", "print shape, memory and data, and stop")\
+X(Int,    device,        "0",       0,      1024,   "Inspecting", "GPU number (the CPU program has none)")\
+X(Switch, help,          "",        0,      1,      "Inspecting", "this text")\
+X(Switch, version,       "",        0,      1,      "Inspecting", "version and build")
+// clang-format on
+
+#define X(type, name, ...) type name;
+typedef struct { FLAGS(X) } Flags;      // flags.d_model is what --d-model says
+#undef X
+#define X(type, name, ...) FLAG_##name,
+enum { FLAGS(X) FLAG_COUNT };           // given[FLAG_d_model]: the user said it
+#undef X
+
+typedef struct {
+    const char *type, *name, *text;     // text: the default
+    double least, most;
+    const char *group, *help;
+    size_t offset;                      // of its field in Flags
+} FlagSpec;
+#define X(type, name, text, least, most, group, help) \
+    { #type, #name, text, least, most, group, help, offsetof(Flags, name) },
+static const FlagSpec flag_specs[] = { FLAGS(X) };
+#undef X
+
+static Flags flags;
+static int given[FLAG_COUNT];
+
+// ---- presets: the official models, and small ones for a CPU ---------------------------------------
+typedef struct { const char *name; Int d_model, n_layer, d_state, headdim, vocab_size; } Preset;
+static const Preset presets[] = {       // vocab_size 0: the data's
+    { "nano",          64,  2,  32, 16, 0 },
+    { "mini",         128,  4,  64, 32, 0 },
+    { "small",        256,  6, 128, 64, 0 },
+    { "mamba2-130m",  768, 24, 128, 64, 50277 },
+    { "mamba2-370m", 1024, 48, 128, 64, 50277 },
+    { "mamba2-780m", 1536, 48, 128, 64, 50277 },
+    { "mamba2-1.3b", 2048, 48, 128, 64, 50277 },
+    { "mamba2-2.7b", 2560, 64, 128, 64, 50277 },
+};
+enum { PRESET_COUNT = sizeof presets/sizeof presets[0] };
+
+// ---- sizes --------------------------------------------------------------------------------------
+typedef struct {
+    size_t R, T, n, M, E, L, H, P, N, G, W, Q, S, Z, F, V;
+    size_t chunks;                      // of a row: T/Q, rounded up
+    size_t slab;                        // rows of logits that exist at a time
+    size_t kept;                        // layers whose activations are kept: L, or 1 (--recompute)
+    size_t lanes;                       // rows whose states are carried from step to step, or 0
+    size_t vocab;                       // rows that are tokens, not padding
+    int tied;
+    double dt_lo, dt_hi, eps;
+} Dims;
+
+static size_t ceil_div(size_t a, size_t b) { return (a + b - 1)/b; }
+static size_t round_up(size_t a, size_t b) { return ceil_div(a, b)*b; }
+
+// The sizes that follow from the model's and the batch's. The CPU's best chunk is 64 tokens.
+static void dims_batch(Dims *d, size_t R, size_t T) {
+    d->R = R, d->T = T, d->n = mul(R, T);
+    d->chunks = ceil_div(T, d->Q);
+    size_t slabs = ceil_div(mul(d->n, d->V), (size_t)1 << 26);
+    d->slab = ceil_div(d->n, slabs);
+}
+
+// ---- parameters ---------------------------------------------------------------------------------
+// How each starts (section 3 of the official code's modules): matrices as PyTorch's Linear, the
+// last ones of a residual branch over sqrt(L); dt log-uniform in [0.001, 0.1], A in [1, 16].
+enum { ONES, NORMAL, FAN_IN, FAN_IN_L, CONV, DT_BIAS, A_LOG };
+
+// clang-format off
+#define PARAMS(X) \
+/*  name         shape            init       decay  name in a checkpoint (Hugging Face's)        */\
+X(embedding,   (V, M),          NORMAL,    1,  "backbone.embeddings.weight")                       \
+X(norm,        (L, M),          ONES,      0,  "backbone.layers.%zu.norm.weight")                  \
+X(in_proj,     (L, Z, M),       FAN_IN,    1,  "backbone.layers.%zu.mixer.in_proj.weight")         \
+X(conv_w,      (L, S, 1, W),    CONV,      0,  "backbone.layers.%zu.mixer.conv1d.weight")          \
+X(conv_b,      (L, S),          CONV,      0,  "backbone.layers.%zu.mixer.conv1d.bias")            \
+X(dt_bias,     (L, H),          DT_BIAS,   0,  "backbone.layers.%zu.mixer.dt_bias")                \
+X(A_log,       (L, H),          A_LOG,     0,  "backbone.layers.%zu.mixer.A_log")                  \
+X(D,           (L, H),          ONES,      0,  "backbone.layers.%zu.mixer.D")                      \
+X(norm_g,      (L, E),          ONES,      0,  "backbone.layers.%zu.mixer.norm.weight")            \
+X(out_proj,    (L, M, E),       FAN_IN_L,  1,  "backbone.layers.%zu.mixer.out_proj.weight")        \
+X(norm2,       (mlp, M),        ONES,      0,  "backbone.layers.%zu.norm2.weight")                 \
+X(fc1,         (mlp, F2, M),    FAN_IN,    1,  "backbone.layers.%zu.mlp.fc1.weight")               \
+X(fc2,         (mlp, M, F),     FAN_IN_L,  1,  "backbone.layers.%zu.mlp.fc2.weight")               \
+X(norm_f,      (M),             ONES,      0,  "backbone.norm_f.weight")                           \
+X(lm_head,     (Vh, M),         FAN_IN,    1,  "lm_head.weight")
+
+// ---- activations, their gradients, and work space -----------------------------------------------
+// Those with a leading K are kept for the backward pass: one for each layer, or with --recompute a
+// single one that is computed again.
+#define ACTS(X) \
+/*  name       shape             what                                                            */\
+X(resid,     (L2, n, M))      /* the residual stream before each norm, and at the end            */\
+X(u,         (K, n, M))       /* rmsnorm(resid)                                                  */\
+X(rstd,      (K, n))          /* 1/rms of a row of resid                                         */\
+X(zxBCdt,    (K, n, Z))       /* u in_proj^T                                                     */\
+X(xBC,       (K, n, S))       /* silu(conv1d(zxBCdt's xBC))                                      */\
+X(dt,        (K, n, H))       /* softplus(zxBCdt's dt + dt_bias), clamped                        */\
+X(y,         (K, n, E))       /* SSD(x, dt, A, B, C) + D x                                       */\
+X(rstd_g,    (K, n, G))       /* 1/rms of y silu(z), for each group                              */\
+X(o,         (K, n, E))       /* rmsnorm(y silu(z))                                              */\
+X(u2,        (Kmlp, n, M))    /* the MLP's: rmsnorm(resid)                                       */\
+X(rstd2,     (Kmlp, n))                                                                            \
+X(ab,        (Kmlp, n, F2))   /* u2 fc1^T: a | b                                                 */\
+X(h,         (Kmlp, n, F))    /* a silu(b)                                                       */\
+X(hidden,    (n, M))          /* rmsnorm(the last resid)                                         */\
+X(rstd_f,    (n))                                                                                  \
+X(losses,    (n))             /* -log p(target)                                                  */\
+X(logits,    (slab, V))       /* of one slab of rows; then their gradient                        */\
+X(g_resid,   (n, M))                                                                               \
+X(g_u,       (n, M))          /* also of hidden and u2                                           */\
+X(g_o,       (n, E))                                                                               \
+X(g_y,       (n, E))                                                                               \
+X(g_dt,      (n, H))                                                                               \
+X(g_xBC,     (n, S))                                                                               \
+X(g_zxBCdt,  (n, Z))                                                                               \
+X(g_h,       (nmlp, F))                                                                            \
+X(g_ab,      (nmlp, F2))                                                                           \
+X(states,    (C, H, N, P))    /* the state before each of the C chunks of the batch              */\
+X(g_states,  (C, H, N, P))    /* the gradient of the state after each chunk                      */\
+X(past,      (L, lanes, W1, S))  /* --carry: the convolution's last inputs, before and after     */\
+X(past_new,  (L, lanes, W1, S))                                                                    \
+X(carried,   (L, lanes, H, N, P)) /* --carry: the states of all layers, before and after       */\
+X(carried_new, (L, lanes, H, N, P))
+// clang-format on
+
+// A row of PARAMS or ACTS with its shape in numbers; expanded from both tables below.
+typedef struct {
+    const char *name, *shape_text;
+    size_t rank, shape[5], count;
+    int init, decay;
+    const char *key;                    // in a checkpoint
+} Spec;
+
+// For example: X(A_log, (L, H), ...) declares `real *A_log;` in Params, and p.A_log is (L,H).
+#define X(name, ...) real *name;
+typedef struct { PARAMS(X) } Params;
+typedef struct { ACTS(X) } Acts;
+#undef X
+enum { PARAM_COUNT = sizeof(Params)/sizeof(real *), ACT_COUNT = sizeof(Acts)/sizeof(real *) };
+
+static Spec spec(const char *name, const char *shape_text, const size_t *shape, size_t rank) {
+    Spec s = { name, shape_text, rank, { 1, 1, 1, 1, 1 }, 1, 0, 0, NULL };
+    for (size_t i = 0; i < rank; i++) s.shape[i] = shape[i], s.count = mul(s.count, shape[i]);
+    return s;
+}
+
+#define SHAPE(...) { __VA_ARGS__ }
+#define X(name_, shape_, init_, decay_, key_) { \
+        const size_t sizes[] = SHAPE shape_; \
+        specs[i] = spec(#name_, #shape_, sizes, sizeof sizes/sizeof sizes[0]); \
+        specs[i].init = init_, specs[i].decay = decay_, specs[i++].key = key_; }
+static void param_specs(const Dims *d, Spec specs[PARAM_COUNT]) {
+    size_t M = d->M, E = d->E, L = d->L, H = d->H, W = d->W, S = d->S, Z = d->Z, F = d->F, V = d->V;
+    size_t mlp = F ? L : 0, F2 = 2*F, Vh = d->tied ? 0 : V, i = 0;
+    PARAMS(X)
+}
+#undef X
+#define X(name_, shape_) { \
+        const size_t sizes[] = SHAPE shape_; \
+        specs[i++] = spec(#name_, #shape_, sizes, sizeof sizes/sizeof sizes[0]); }
+static void act_specs(const Dims *d, Spec specs[ACT_COUNT]) {
+    size_t n = d->n, M = d->M, E = d->E, L = d->L, H = d->H, P = d->P, N = d->N, G = d->G, S = d->S;
+    size_t Z = d->Z, F = d->F, V = d->V, K = d->kept, lanes = d->lanes, slab = d->slab;
+    size_t Kmlp = F ? K : 0, nmlp = F ? n : 0, F2 = 2*F, W1 = d->W - 1, C = d->R*d->chunks;
+    size_t L2 = (F ? 2 : 1)*L + 1, i = 0;
+    ACTS(X)
+}
+#undef X
+
+static size_t total(const Spec *specs, size_t count) {
+    size_t sum = 0;
+    for (size_t i = 0; i < count; i++) sum += round_up(specs[i].count, 16);
+    return sum;
+}
+
+// One block for all tensors of a table; returns it. `tensors` is a Params or an Acts.
+static real *allocate(void *tensors, const Spec *specs, size_t count) {
+    real *block = alloc_reals(total(specs, count)), *p = block;
+    for (size_t i = 0; i < count; i++) {
+        ((real **)tensors)[i] = p;
+        p += round_up(specs[i].count, 16);
+    }
+    return block;
+}
+
+// ---- reading flags ---------------------------------------------------------------------------------
+
+static const char *flag_name(size_t i) {                     // --d-model
+    const char *s = str("--%s", flag_specs[i].name);
+    for (char *c = (char *)s; *c; c++) if (*c == '_') *c = '-';
+    return s;
+}
+
+// Gives flag i a value as text; "" is the value of a flag that is decided later.
+static void flag_set(size_t i, const char *text) {
+    const FlagSpec *s = &flag_specs[i];
+    char *field = (char *)&flags + s->offset, *end = NULL;
+    if (!strcmp(s->type, "Str") || !strcmp(s->type, "Opt")) {
+        *(Str *)field = text;
+        return;
+    }
+    double value = *text ? strtod(text, &end) : 0;
+    int whole = s->type[0] != 'N';
+    if (*text) {
+        if (whole) strtoll(text, &end, 10);
+        if (*end || isspace((unsigned char)*text) || !(value >= s->least && value <= s->most))
+            die_usage("%s %s: expected %s from %.15g to %.15g", flag_name(i), text,
+                      whole ? "a whole number" : "a number", s->least, s->most);
+    }
+    if (!whole) *(Num *)field = value;
+    else *(Int *)field = *text ? strtoll(text, &end, 10) : 0;
+}
+
+static void flags_default(void) {
+    for (size_t i = 0; i < FLAG_COUNT; i++) flag_set(i, flag_specs[i].text);
+    flags.compare = NULL;
+}
+
+static void print_help(void) {
+    const char *group = "";
+    printf("Trains Mamba-2 language models, and generates text with them. For example\n\n"
+           "    %s --data 'data/*.txt' --model small --steps 2000 --out out\n"
+           "    %s --out out --generate 200 --prompt 'ROMEO:'\n\n"
+           "Without a flag it trains a small model on Shakespeare. A flag is --name value or "
+           "--name=value.\n", program, program);
+    for (size_t i = 0; i < FLAG_COUNT; i++) {
+        const FlagSpec *s = &flag_specs[i];
+        if (strcmp(group, s->group)) printf("\n%s\n", group = s->group);
+        const char *value = !strcmp(s->type, "Switch") ? "" : !strcmp(s->type, "Opt") ? "[REF[,BASE]]"
+                          : s->type[0] == 'I' ? "N" : s->type[0] == 'N' ? "X" : "S";
+        printf("  %-24s ", str("%s %s", flag_name(i), value));
+        if (!strcmp(s->help, "a preset: PRESETS")) {
+            printf("a preset:");
+            for (size_t k = 0; k < PRESET_COUNT; k++) printf(" %s", presets[k].name);
+        } else printf("%s", s->help);
+        printf(*s->text ? " (%s)\n" : "\n", s->text);
+    }
+}
+
+// Characters that a word on the command line has in common with the name of flag i
+static size_t common_prefix(size_t i, const char *word) {
+    const char *name = flag_name(i);
+    size_t n = 0;
+    while (word[n] && word[n] == name[n]) n++;
+    return n;
+}
+
+static size_t find_flag(const char *word) {
+    size_t size = strcspn(word, "="), best = 0, most = 0;
+    for (size_t i = 0; i < FLAG_COUNT; i++) {
+        size_t n = common_prefix(i, word);
+        if (n == size && strlen(flag_specs[i].name) + 2 == size) return i;
+        if (n > most) best = i, most = n;
+    }
+    die_usage("unknown flag %.*s%s", (int)size, word,
+              most > 3 ? str("; did you mean %s?", flag_name(best)) : "; see --help");
+}
+
+static void flags_parse(int argc, char **argv) {
+    flags_default();
+    for (int a = 1; a < argc; a++) {
+        size_t i = find_flag(argv[a]);
+        const char *type = flag_specs[i].type, *value = strchr(argv[a], '=');
+        if (value) value++;
+        if (!value && !strcmp(type, "Switch")) value = "1";
+        else if (!value && !strcmp(type, "Opt"))
+            value = a + 1 < argc && strncmp(argv[a + 1], "--", 2) ? argv[++a] : "";
+        else if (!value) {
+            if (a + 1 == argc || !strncmp(argv[a + 1], "--", 2))
+                die_usage("%s needs a value", flag_name(i));
+            value = argv[++a];
+        }
+        if (!*value && strcmp(type, "Str") && strcmp(type, "Opt"))
+            die_usage("%s needs a value", flag_name(i));
+        flag_set(i, value);
+        given[i] = 1;
+    }
+}
+
+static void expect_one_of(size_t i, const char *value, const char *choices) {
+    size_t n = strlen(value);
+    for (const char *c = choices; *c; c += strcspn(c, " "), c += *c == ' ')
+        if (n && !strncmp(c, value, n) && (c[n] == ' ' || !c[n])) return;
+    die_usage("%s %s: expected one of: %s", flag_name(i), value, choices);
+}
+
+// What the ranges of single values cannot tell
+static void flags_check(void) {
+    expect_one_of(FLAG_schedule, flags.schedule, "constant linear cosine wsd");
+    expect_one_of(FLAG_dtype, flags.dtype, "f32 bf16");
+    if (!given[FLAG_min_lr]) flags.min_lr = flags.lr/10;
+    if (!*flags.data) die_usage("--data needs a value");
+    if (!*flags.out) die_usage("--out needs a value");
+}
+
+// ================================================================================================
+// Matrix products
+// ================================================================================================
+
+// C[M,N] (+)= A[M,K] B[K,N].  A and B come with a row and a column stride, one of which is 1: that
+// covers products with either operand transposed, without flags.  Three levels, from the inside:
+//   tile    MR x NR of C in registers. For each k: NV vectors of B, MR numbers of A, MR*NV FMAs.
+//   block   TN columns of B (KC x TN reals) stay in L2 while TM rows of A pass over them, MR rows
+//           (KC x MR reals, in L1) at a time.
+//   slab    A (MB rows) and B (NB columns) are copied, KC values of k at a time, into panels in
+//           which every tile reads straight on; all threads pack for all threads, in L3.
+// An element of C is the sum of one chain of FMAs for each KC values of k, in order. KC depends on K
+// alone, so its bits depend neither on the number of threads nor on the other rows and columns.
+
+#if defined __AVX512F__
+#define VECTOR_BYTES 64
+#define MR 8                        // 8 x 3 sums, 3 of B and 1 of A in 32 registers
+#elif defined __AVX__
+#define VECTOR_BYTES 32
+#define MR 4                        // 4 x 3 sums, 3 of B and 1 of A in 16 registers
+#elif defined __aarch64__
+#define VECTOR_BYTES 16
+#define MR 8
+#else
+#define VECTOR_BYTES 16
+#define MR 4
+#endif
+
+#if defined __CUDACC__
+#define UNROLL
+#elif defined __clang__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+#define BYTES_float 4
+#define BYTES_double 8
+#define PASTE_(a, b) a##b
+#define PASTE(a, b) PASTE_(a, b)
+#define VL (VECTOR_BYTES/PASTE(BYTES_, REAL))       // reals in a vector
+
+enum {
+    NV = 3, NR = NV*VL,                             // columns of a tile
+    KC = 3072/(VECTOR_BYTES/VL), TM = 128, TN = 2*NR, MB = 2048, NB = 12*TN, EDGE = 64
+};
+typedef real vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef real vec_at __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
+
+static int matmul_bf16;             // round A and B to bf16 (the sums stay in fp32)
+static real packed_A[2][MB*KC] __attribute__((aligned(64)));     // two of each: one is being packed
+static real packed_B[2][NB*KC] __attribute__((aligned(64)));     // while the other is still in use
+
+INLINE size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
+static int bf16_available(void) {
+#if defined __AVX512BF16__ || defined BF16_EMULATE
+    return sizeof(real) == 4;
+#else
+    return 0;
+#endif
+}
+
+// sum + a*b in every lane; of bf16 pairs: sum + a.lo*b.lo + a.hi*b.hi
+INLINE vec fma_step(vec sum, const real *a, vec b, const int pairs) {
+#ifdef __AVX512BF16__
+    if (pairs) {
+        int both;
+        memcpy(&both, a, sizeof both);
+        return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(both), (__m512bh)b);
+    }
+#endif
+    (void)pairs;
+    return sum + *a*b;
+}
+
+// C = beta*C + A B for a tile of MR rows and nv vectors
+INLINE void tile(real *C, size_t ldc, const real *A, size_t a_row, size_t a_col,
+                 const real *B, size_t ldb, size_t K, real beta, const int nv, const int pairs) {
+    vec sum[MR][NV];
+    UNROLL for (int i = 0; i < MR; i++)
+        UNROLL for (int j = 0; j < nv; j++) {
+            sum[i][j] = (vec){0};
+            __builtin_prefetch(C + i*ldc + j*VL, 1);
+        }
+    for (size_t k = 0; k < K; k++, A += a_col, B += ldb) {
+        vec b[NV];
+        UNROLL for (int j = 0; j < nv; j++)
+            b[j] = *(const vec_at *)(B + j*VL);
+        UNROLL for (int i = 0; i < MR; i++)
+            UNROLL for (int j = 0; j < nv; j++)
+                sum[i][j] = fma_step(sum[i][j], A + i*a_row, b[j], pairs);
+    }
+    UNROLL for (int i = 0; i < MR; i++)
+        UNROLL for (int j = 0; j < nv; j++) {
+            vec_at *c = (vec_at *)(C + i*ldc + j*VL);
+            if (beta != 0)
+                sum[i][j] += beta * *c;
+            *c = sum[i][j];
+        }
+}
+
+// The tile with its number of vectors as a constant
+INLINE void tile_of(int nv, real *C, size_t ldc, const real *A, size_t a_row, size_t a_col,
+                    const real *B, size_t ldb, size_t K, real beta, const int pairs) {
+    if (nv == 3)      tile(C, ldc, A, a_row, a_col, B, ldb, K, beta, 3, pairs);
+    else if (nv == 2) tile(C, ldc, A, a_row, a_col, B, ldb, K, beta, 2, pairs);
+    else              tile(C, ldc, A, a_row, a_col, B, ldb, K, beta, 1, pairs);
+}
+
+// Packed panels: a (K, MR), b (K, NR).  At C's edge (m < MR or a part of a vector) the tile is
+// computed beside C, by the same operations.
+INLINE void packed_tile(real *C, size_t ldc, const real *a, const real *b, size_t m, size_t n,
+                        size_t K, int add, const int pairs) {
+    int nv = (int)((n + VL-1)/VL);
+    if (m == MR && n == (size_t)nv*VL) {
+        tile_of(nv, C, ldc, a, 1, MR, b, NR, K, add, pairs);
+        return;
+    }
+    real edge[MR*NR] = {0};
+    for (size_t i = 0; add && i < m; i++)
+        memcpy(edge + i*NR, C + i*ldc, n*sizeof(real));
+    tile_of(nv, edge, NR, a, 1, MR, b, NR, K, add, pairs);
+    for (size_t i = 0; i < m; i++)
+        memcpy(C + i*ldc, edge + i*NR, n*sizeof(real));
+}
+
+// Indices that take the elements of two vectors in turn, from `first` on: to zip them
+#define ZIP2(first)  (first), (first) + VL
+#define ZIP4(first)  ZIP2(first), ZIP2((first) + 1)
+#define ZIP8(first)  ZIP4(first), ZIP4((first) + 2)
+#define ZIP16(first) ZIP8(first), ZIP8((first) + 4)
+#if VL == 16
+#define ZIP ZIP16
+#elif VL == 8
+#define ZIP ZIP8
+#elif VL == 4
+#define ZIP ZIP4
+#else
+#define ZIP ZIP2
+#endif
+
+// to[k*w + r] = from[r*line + k] for VL values of k and R <= VL lines, in registers. To zip the
+// first half of the lines with the second half rotates the bits of every element's place, line:k,
+// by one; after log2 R times the place is k:line. Lines from `lines` on repeat the last.
+INLINE void transpose_tile(real *to, size_t w, const int R, const real *from, size_t line,
+                           size_t lines) {
+    vec v[VL], zipped[VL];
+    UNROLL for (int r = 0; r < R; r++)
+        v[r] = *(const vec_at *)(from + least(r, lines - 1)*line);
+    UNROLL for (int bit = 1; bit < R; bit *= 2) {
+        UNROLL for (int r = 0; r < R/2; r++) {
+            zipped[2*r] = __builtin_shufflevector(v[r], v[r + R/2], ZIP(0));
+            zipped[2*r+1] = __builtin_shufflevector(v[r], v[r + R/2], ZIP(VL/2));
+        }
+        UNROLL for (int r = 0; r < R; r++)
+            v[r] = zipped[r];
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        *(vec_at *)(to + r*VL/R*w) = v[r];
+}
+
+static unsigned bf16_bits(real x)    // the nearest bf16, ties to even; NaN stays NaN
+{
+    float f = (float)x;
+    unsigned u;
+    memcpy(&u, &f, sizeof u);
+    return (u & 0x7fffffff) > 0x7f800000 ? u >> 16 | 0x40 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+
+// Round a panel (K,w) to bf16, in place: two values of k in 32 bits
+static void round_panel(real *panel, size_t K, size_t w) {
+    for (size_t r = 0; K % 2 && r < w; r++)
+        panel[K*w + r] = 0;
+    for (size_t k = 0; k < K; k += 2)
+        for (size_t r = 0; r < w; r++) {
+            unsigned low = bf16_bits(panel[k*w + r]), high = bf16_bits(panel[(k+1)*w + r]);
+#ifdef __AVX512BF16__
+            unsigned both = low | high << 16;
+            memcpy(panel + k/2*w + r, &both, sizeof both);
+#else
+            low <<= 16, high <<= 16;
+            memcpy(panel + k*w + r, &low, sizeof low);
+            memcpy(panel + (k+1)*w + r, &high, sizeof high);
+#endif
+        }
+}
+
+// Pack n <= w lines (rows of A, columns of B) of K values into a panel (K,w)
+INLINE void pack_panel(real *panel, const real *from, size_t line, size_t step,
+                       size_t n, size_t K, const int w) {
+    size_t k = 0;
+    if (line == 1 && n == (size_t)w)
+        for (; k < K; k++)
+            memcpy(panel + k*w, from + k*step, w*sizeof(real));
+    else if (step == 1)
+        for (; k + VL <= K; k += VL)
+            for (size_t r = 0; r < (size_t)w; r += least(w, VL)) {
+                size_t first = least(r, n - 1);
+                transpose_tile(panel + k*w + r, w, w < VL ? w : VL, from + first*line + k, line, n - first);
+            }
+    for (; k < K; k++)
+        for (size_t r = 0; r < (size_t)w; r++)
+            panel[k*w + r] = from[least(r, n - 1)*line + k*step];
+    if (matmul_bf16)
+        round_panel(panel, K, w);
+}
+
+static real dot(const real *a, const real *b, size_t n) {
+    vec sum[4] = {{0}};
+    size_t i = 0;
+    for (; i + 4*VL <= n; i += 4*VL)
+        UNROLL for (int j = 0; j < 4; j++)
+            sum[j] += *(const vec_at *)(a + i + j*VL) * *(const vec_at *)(b + i + j*VL);
+    vec all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    real result = 0;
+    for (int lane = 0; lane < VL; lane++)
+        result += all[lane];
+    for (; i < n; i++)
+        result += a[i]*b[i];
+    return result;
+}
+
+// The length of n's equal blocks: at most `most`, a multiple of `unit`
+static size_t even(size_t n, size_t most, size_t unit) {
+    size_t blocks = (n + most-1)/most;
+    return ((n + blocks-1)/blocks + unit-1)/unit*unit;
+}
+
+// C (m,n) (+)= packed A (m,K) times packed B (K,n)
+INLINE void block(real *C, size_t ldc, const real *a, const real *b, size_t a_panel, size_t b_panel, size_t m, size_t n, size_t K,
+                  int add, const int pairs) {
+    for (size_t i = 0; i < m; i += MR)
+        for (size_t j = 0; j < n; j += NR)
+            packed_tile(C + i*ldc + j, ldc, a + i/MR*a_panel, b + j/NR*b_panel, least(MR, m - i),
+                        least(NR, n - j), K, add, pairs);
+}
+
+static void matmul(real *C, size_t ldc, const real *A, size_t a_row, size_t a_col,
+                   const real *B, size_t b_row, size_t b_col, size_t M, size_t N, size_t K, int add) {
+    if (!M || !N)
+        return;
+    if (!K) {
+        for (size_t i = 0; !add && i < M; i++)
+            memset(C + i*ldc, 0, N*sizeof(real));
+        return;
+    }
+    if (M <= 4 && a_col == 1 && b_row == 1 && !matmul_bf16) {
+        #pragma omp parallel for schedule(static)
+        for (size_t j = 0; j < N; j++)
+            for (size_t i = 0; i < M; i++)
+                C[i*ldc + j] = (add ? C[i*ldc + j] : 0) + dot(A + i*a_row, B + j*b_col, K);
+        return;
+    }
+    size_t kc = even(K, KC, 2*VL), mb = even(M, MB, MR), nb = even(N, NB, NR);
+    #pragma omp parallel
+    {
+        int a_turn = 0, b_turn = 0;
+        for (size_t p = 0; p < K; p += kc)
+        for (size_t i = 0; i < M; i += mb)
+        for (size_t j = 0; j < N; j += nb) {
+            size_t k = least(kc, K - p), m = least(mb, M - i), n = least(nb, N - j), k2 = (k + 1)/2*2;
+            int new_A = j == 0, new_B = i == 0 || N > nb;
+            a_turn ^= new_A, b_turn ^= new_B;
+            real *pa = packed_A[a_turn], *pb = packed_B[b_turn];
+            size_t a_panels = new_A ? (m + MR-1)/MR : 0, b_panels = new_B ? (n + NR-1)/NR : 0;
+            #pragma omp for schedule(dynamic, 4)
+            for (size_t t = 0; t < a_panels + b_panels; t++)
+                if (t < a_panels)
+                    pack_panel(pa + t*MR*k2, A + (i + t*MR)*a_row + p*a_col, a_row, a_col,
+                               least(MR, m - t*MR), k, MR);
+                else {
+                    size_t u = t - a_panels;
+                    pack_panel(pb + u*NR*k2, B + p*b_row + (j + u*NR)*b_col, b_col, b_row,
+                               least(NR, n - u*NR), k, NR);
+                }
+            size_t m_tasks = (m + TM-1)/TM, n_tasks = (n + TN-1)/TN;
+            #pragma omp for schedule(dynamic) nowait
+            for (size_t t = 0; t < m_tasks*n_tasks; t++) {
+                size_t ii = t % m_tasks*TM, jj = t/m_tasks*TN;
+                real *c = C + (i + ii)*ldc + j + jj;
+                size_t mm = least(TM, m - ii), nn = least(TN, n - jj);
+#ifdef __AVX512BF16__
+                if (matmul_bf16)
+                    block(c, ldc, pa + ii*k2, pb + jj*k2, MR*k2, NR*k2, mm, nn, k2/2, add || p, 1);
+                else
+#endif
+                block(c, ldc, pa + ii*k2, pb + jj*k2, MR*k2, NR*k2, mm, nn, k, add || p, 0);
+            }
+        }
+    }
+}
+
+// C = beta*C + A B where B and C have contiguous rows: serial, nothing packed, for small sizes
+static void matmul_small(real *C, size_t ldc, const real *A, size_t a_row, size_t a_col,
+                         const real *B, size_t ldb, size_t M, size_t N, size_t K, real beta) {
+    for (size_t j = 0, n; j < N; j += n) {
+        n = N - j == 4*VL ? 2*VL : least(NR, N - j);
+        if (n > VL)
+            n -= n % VL;
+        for (size_t i = 0; i < M; i += MR) {
+            size_t m = least(MR, M - i), p = 0, k;
+            const real *a = A + i*a_row, *b = B + j;
+            real *c = C + i*ldc + j;
+            if (m == MR && n >= VL) {
+                tile_of((int)(n/VL), c, ldc, a, a_row, a_col, b, ldb, K, beta, 0);
+                continue;
+            }
+            real a_edge[MR*EDGE], b_edge[EDGE*NR] = {0}, c_edge[MR*NR] = {0};
+            for (size_t r = 0; beta != 0 && r < m; r++)
+                memcpy(c_edge + r*NR, c + r*ldc, n*sizeof(real));
+            do {
+                k = least(EDGE, K - p);
+                for (size_t q = 0; q < k; q++) {
+                    for (size_t r = 0; r < MR; r++)
+                        a_edge[q*MR + r] = r < m ? a[r*a_row + (p + q)*a_col] : 0;
+                    memcpy(b_edge + q*NR, b + (p + q)*ldb, n*sizeof(real));
+                }
+                tile_of((int)((n + VL-1)/VL), c_edge, NR, a_edge, 1, MR, b_edge, NR, k, p ? 1 : beta, 0);
+            } while ((p += k) < K);
+            for (size_t r = 0; r < m; r++)
+                memcpy(c + r*ldc, c_edge + r*NR, n*sizeof(real));
+        }
+    }
+}
+
+// FLOP/s of all threads at FMAs on registers alone, for 20 ms: what a matmul could reach at most
+static double fma_peak(void) {
+    const int chains = 12, steps = 20000;           // 12 chains: latency of 4-5, two FMAs a cycle
+    double rate = 0;
+    #pragma omp parallel reduction(+:rate)
+    {
+        static volatile real hidden = (real)0.999;  // from the compiler
+        vec sum[12], factor = (vec){0} + hidden;
+        for (int i = 0; i < chains; i++)
+            sum[i] = factor*(real)i;
+        double start = now(), seconds, flops = 0;
+        do {
+            for (int step = 0; step < steps; step++)
+                UNROLL for (int i = 0; i < chains; i++)
+                    sum[i] = sum[i]*factor + factor;
+            flops += 2.0*VL*chains*steps;
+            seconds = now() - start;
+        } while (seconds < 0.02);
+        for (int i = 1; i < chains; i++)
+            sum[0] += sum[i];
+        rate += flops/seconds + 0*(double)sum[0][0];    // so that the sums are needed
+    }
+    return rate;
+}
+
+// ================================================================================================
+// The operations, in network order: each forward beside its backward, under one formula
+// ================================================================================================
+// Every element of an output has one owner thread and a fixed order of sums, so that the bits do
+// not depend on the number of threads. Gradients of vectors, sums over all rows, are made in two
+// stages: one part for each block of ROWS rows, then the sum of the parts.
+
+enum { ROWS = 64 };
+
+// g (m) += the sum of parts (blocks,m)
+static void sum_parts(real *g, const real *parts, size_t blocks, size_t m) {
+    PARALLEL_FOR
+    for (size_t i0 = 0; i0 < m; i0 += 256) {
+        size_t i1 = i0 + 256 < m ? i0 + 256 : m;
+        for (size_t b = 0; b < blocks; b++)
+            SIMD for (size_t i = i0; i < i1; i++) g[i] += parts[b*m + i];
+    }
+}
+
+// exp(x) to about 1 ulp in a form that vectorizes. NaN passes through; x is clamped to where the
+// result is a normal number, which no formula here can tell from 0 or infinity.
+static inline real expr(real x) {
+    if (sizeof(real) == 8) return (real)exp((double)x);
+    float v = (float)x;
+    v = v < -87.0f ? -87.0f : v > 88.0f ? 88.0f : v;
+    float k = v*1.44269504f + 12582912.0f;                   // round to an integer in the low bits
+    float n = k - 12582912.0f, r = v - n*0.693145752f - n*1.42860677e-6f;    // x = n log 2 + r
+    float p = 1.0f + r*(1.0f + r*(0.5f + r*(0.166666672f + r*(0.0416664854f
+                                                  + r*(0.00833336823f + r*0.00139304355f)))));
+    int32_t bits;
+    memcpy(&bits, &k, 4);
+    bits = (int32_t)((uint32_t)bits << 23) + (127 << 23);    // 2^n as a float
+    float scale;
+    memcpy(&scale, &bits, 4);
+    return (real)(p*scale);
+}
+
+static inline real sigmoid(real x) { return 1/(1 + expr(-x)); }
+static inline real silu(real x) { return x/(1 + expr(-x)); }
+static inline real silu_grad(real x) { real s = sigmoid(x); return s*(1 + x*(1 - s)); }
+
+// ---- embedding: resid = embedding[ids] ------------------------------------------------------------
+// resid (n,M)  ids (n)  embedding (V,M)
+static void embed_forward(const Dims *d, real *resid, const int *ids, const real *embedding) {
+    size_t M = d->M;
+    PARALLEL_FOR
+    for (size_t i = 0; i < d->n; i++)
+        memcpy(resid + i*M, embedding + (size_t)ids[i]*M, M*sizeof(real));
+}
+
+// A thread owns columns, so that rows of the same token are summed in order.
+static void embed_backward(const Dims *d, real *g_embedding, const real *g_resid, const int *ids) {
+    size_t M = d->M;
+    PARALLEL_FOR
+    for (size_t c = 0; c < M; c += 32) {
+        size_t end = c + 32 < M ? c + 32 : M;
+        for (size_t i = 0; i < d->n; i++) {
+            real *g = g_embedding + (size_t)ids[i]*M;
+            SIMD for (size_t j = c; j < end; j++) g[j] += g_resid[i*M + j];
+        }
+    }
+}
+
+// ---- RMSNorm: u = r/rms(r) * w, rms(r) = sqrt(mean(r^2) + eps) --------------------------------------
+// u, resid (n,M)  rstd (n) = 1/rms  w (M)
+static void rmsnorm_forward(const Dims *d, real *u, real *rstd, const real *resid, const real *w) {
+    size_t M = d->M;
+    PARALLEL_FOR
+    for (size_t i = 0; i < d->n; i++) {
+        const real *r = resid + i*M;
+        real sum = 0;
+        _Pragma("omp simd reduction(+:sum)")
+        for (size_t j = 0; j < M; j++) sum += r[j]*r[j];
+        real s = rstd[i] = (real)(1/sqrt((double)sum/(double)M + d->eps));
+        SIMD for (size_t j = 0; j < M; j++) u[i*M + j] = r[j]*s*w[j];
+    }
+}
+
+// With v = r*rstd: g_r += rstd*(g_u w - v*mean(g_u w v)), g_w += sum over rows of g_u v.
+static void rmsnorm_backward(const Dims *d, real *g_resid, real *g_w, const real *g_u,
+                             const real *resid, const real *rstd, const real *w) {
+    size_t M = d->M, blocks = ceil_div(d->n, ROWS);
+    real *parts = alloc_reals(blocks*M);
+    PARALLEL_FOR
+    for (size_t b = 0; b < blocks; b++) {
+        real *part = parts + b*M;
+        for (size_t i = b*ROWS; i < d->n && i < (b + 1)*ROWS; i++) {
+            const real *r = resid + i*M, *g = g_u + i*M;
+            real s = rstd[i], dot = 0;
+            _Pragma("omp simd reduction(+:dot)")
+            for (size_t j = 0; j < M; j++) dot += g[j]*w[j]*r[j];
+            dot *= s*s/(real)M;
+            SIMD for (size_t j = 0; j < M; j++) {
+                g_resid[i*M + j] += s*(g[j]*w[j] - r[j]*dot);
+                part[j] += g[j]*r[j]*s;
+            }
+        }
+    }
+    sum_parts(g_w, parts, blocks, M);
+    free(parts);
+}
+
+// ---- linear: out = in weight^T ----------------------------------------------------------------------
+// out (n,O)  in (n,I)  weight (O,I)   add: out += instead of out =
+static void linear_forward(real *out, const real *in, const real *weight, size_t n, size_t I,
+                           size_t O, int add) {
+    matmul(out, O, in, I, 1, weight, 1, I, n, O, I, add);
+}
+
+// g_in = g_out weight, g_weight = g_out^T in; add: g_weight += (from the second micro-batch on)
+static void linear_backward(real *g_in, real *g_weight, const real *g_out, const real *in,
+                            const real *weight, size_t n, size_t I, size_t O, int add) {
+    matmul(g_in, I, g_out, O, 1, weight, I, 1, n, I, O, 0);
+    matmul(g_weight, I, g_out, 1, O, in, I, 1, O, I, n, add);
+}
+
+// ---- causal convolution of each channel, then SiLU ----------------------------------------------------
+// xBC[t] = silu(b + sum over k < W of w[k]*in[t - (W-1) + k]), in = columns E..E+S of zxBCdt.
+// xBC (n,S)  zxBCdt (n,Z)  w (S,W)  b (S)  past (R,W-1,S): the inputs before the row, or NULL: 0.
+// Inputs of another document (doc (n), or NULL) count as 0; past belongs to document 0.
+
+// The input that is `back` tokens before token t of row r, or NULL where there is none.
+static const real *conv_tap(const Dims *d, const real *zxBCdt, const real *past, const int *doc,
+                            size_t r, size_t t, size_t back) {
+    const int *row = doc ? doc + r*d->T : NULL;
+    if (back > t) {
+        if (!past || (row && row[t] != 0)) return NULL;
+        return past + (r*(d->W - 1) + d->W - 1 - (back - t))*d->S;
+    }
+    if (row && row[t] != row[t - back]) return NULL;
+    return zxBCdt + (r*d->T + t - back)*d->Z + d->E;
+}
+
+// out (S) = b + the W taps of token t; wt (W,S) is w transposed
+static void conv_token(const Dims *d, real *out, const real *zxBCdt, const real *wt, const real *b,
+                       const real *past, const int *doc, size_t r, size_t t) {
+    size_t S = d->S, W = d->W;
+    memcpy(out, b, S*sizeof(real));
+    for (size_t k = 0; k < W; k++) {
+        const real *in = conv_tap(d, zxBCdt, past, doc, r, t, W - 1 - k), *wk = wt + k*S;
+        if (in) SIMD for (size_t c = 0; c < S; c++) out[c] += wk[c]*in[c];
+    }
+}
+
+static real *transposed(const real *w, size_t rows, size_t cols) {
+    real *t = alloc_reals(rows*cols);
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < cols; j++) t[j*rows + i] = w[i*cols + j];
+    return t;
+}
+
+static void conv1d_forward(const Dims *d, real *xBC, const real *zxBCdt, const real *w,
+                           const real *b, const real *past, const int *doc) {
+    size_t S = d->S;
+    real *wt = transposed(w, S, d->W);
+    PARALLEL_FOR
+    for (size_t i = 0; i < d->n; i++) {
+        real *out = xBC + i*S;
+        conv_token(d, out, zxBCdt, wt, b, past, doc, i/d->T, i%d->T);
+        SIMD for (size_t c = 0; c < S; c++) out[c] = silu(out[c]);
+    }
+    free(wt);
+}
+
+// The W-1 inputs that the next stretch of the same row needs as its past.
+static void conv1d_past(const Dims *d, real *past_new, const real *zxBCdt, const real *past,
+                        const int *doc) {
+    size_t S = d->S, W1 = d->W - 1;
+    for (size_t r = 0; r < d->R; r++)
+        for (size_t k = 0; k < W1; k++) {
+            const real *in = conv_tap(d, zxBCdt, past, doc, r, d->T - 1, W1 - 1 - k);
+            real *out = past_new + (r*W1 + k)*S;
+            if (in) memcpy(out, in, S*sizeof(real));
+            else memset(out, 0, S*sizeof(real));
+        }
+}
+
+// With p = the sum before silu: g_p = g_xBC silu'(p); g_in[t] = sum of w[k] g_p[t + (W-1) - k];
+// g_w[k] += sum over t of g_p[t] in[t - (W-1) + k]; g_b += sum over t of g_p[t].
+static void conv1d_backward(const Dims *d, real *g_zxBCdt, real *g_w, real *g_b, real *g_xBC,
+                            const real *zxBCdt, const real *w, const real *b, const real *past,
+                            const int *doc) {
+    size_t S = d->S, W = d->W, T = d->T, blocks = ceil_div(d->n, ROWS), m = S*(W + 1);
+    real *wt = transposed(w, S, W), *parts = alloc_reals(blocks*m), *sums = alloc_reals(m);
+    PARALLEL_FOR
+    for (size_t block = 0; block < blocks; block++) {        // g_p replaces g_xBC
+        real *part = parts + block*m, *p = alloc_reals(S);
+        for (size_t i = block*ROWS; i < d->n && i < (block + 1)*ROWS; i++) {
+            real *g = g_xBC + i*S;
+            conv_token(d, p, zxBCdt, wt, b, past, doc, i/T, i%T);
+            SIMD for (size_t c = 0; c < S; c++) {
+                g[c] *= silu_grad(p[c]);
+                part[W*S + c] += g[c];
+            }
+            for (size_t k = 0; k < W; k++) {
+                const real *in = conv_tap(d, zxBCdt, past, doc, i/T, i%T, W - 1 - k);
+                real *gw = part + k*S;
+                if (in) SIMD for (size_t c = 0; c < S; c++) gw[c] += g[c]*in[c];
+            }
+        }
+        free(p);
+    }
+    PARALLEL_FOR
+    for (size_t i = 0; i < d->n; i++) {
+        real *g_in = g_zxBCdt + i*d->Z + d->E;
+        memset(g_in, 0, S*sizeof(real));
+        for (size_t back = 0; back < W && i%T + back < T; back++) {     // token i is a tap of i+back
+            if (doc && doc[i] != doc[i + back]) break;
+            const real *g = g_xBC + (i + back)*S, *wk = wt + (W - 1 - back)*S;
+            SIMD for (size_t c = 0; c < S; c++) g_in[c] += wk[c]*g[c];
+        }
+    }
+    sum_parts(sums, parts, blocks, m);
+    for (size_t c = 0; c < S; c++) {
+        for (size_t k = 0; k < W; k++) g_w[c*W + k] += sums[k*S + c];
+        g_b[c] += sums[W*S + c];
+    }
+    free(wt), free(parts), free(sums);
+}
+
+// ---- step size: dt = clamp(softplus(raw + dt_bias), dt_limit) -------------------------------------------
+// dt (n,H)  raw = the last H columns of zxBCdt (n,Z)  dt_bias (H)
+static real softplus(real x) { return x > 20 ? x : (real)log1p(exp((double)x)); }
+
+static void dt_forward(const Dims *d, real *dt, const real *zxBCdt, const real *dt_bias) {
+    size_t H = d->H;
+    real lo = (real)d->dt_lo, hi = (real)d->dt_hi;
+    PARALLEL_FOR
+    for (size_t i = 0; i < d->n; i++)
+        for (size_t h = 0; h < H; h++) {
+            real v = softplus(zxBCdt[(i + 1)*d->Z - H + h] + dt_bias[h]);
+            dt[i*H + h] = v < lo ? lo : v > hi ? hi : v;
+        }
+}
+
+// softplus' = sigmoid; nothing flows where dt was clamped
+static void dt_backward(const Dims *d, real *g_zxBCdt, real *g_dt_bias, const real *g_dt,
+                        const real *zxBCdt, const real *dt_bias) {
+    size_t H = d->H, blocks = ceil_div(d->n, ROWS);
+    real lo = (real)d->dt_lo, hi = (real)d->dt_hi, *parts = alloc_reals(blocks*H);
+    PARALLEL_FOR
+    for (size_t b = 0; b < blocks; b++)
+        for (size_t i = b*ROWS; i < d->n && i < (b + 1)*ROWS; i++)
+            for (size_t h = 0; h < H; h++) {
+                real raw = zxBCdt[(i + 1)*d->Z - H + h] + dt_bias[h], v = softplus(raw);
+                real slope = v < lo || v > hi ? 0 : raw > 20 ? 1 : (real)(1/(1 + exp(-(double)raw)));
+                real g = g_dt[i*H + h]*slope;
+                g_zxBCdt[(i + 1)*d->Z - H + h] = g;
+                parts[b*H + h] += g;
+            }
+    sum_parts(g_dt_bias, parts, blocks, H);
+    free(parts);
+}
+
+// ---- SSD, the state space model ------------------------------------------------------------------------
+// For each head, with a_t = exp(dt_t A), A = -exp(A_log), and its group's B and C (section 2):
+//
+//     state_t = a_t state_{t-1} + B_t (dt_t x_t)^T        y_t = C_t state_t + D x_t
+//
+// This is the definition, and what generation does token by token. state (N,P), x, y (P), B, C (N).
+static void ssd_step(const Dims *d, real *y, real *state, const real *x, const real *B,
+                     const real *C, real dt, real A_log, real D) {
+    real a = expr(-dt*expr(A_log));
+    for (size_t p = 0; p < d->P; p++) y[p] = D*x[p];
+    for (size_t i = 0; i < d->N; i++) {
+        real *s = state + i*d->P, b = B[i]*dt, c = C[i];
+        SIMD for (size_t p = 0; p < d->P; p++) {
+            s[p] = a*s[p] + b*x[p];
+            y[p] += c*s[p];
+        }
+    }
+}
+
+// The whole row so, in order of time; final (R,H,N,P) may be the same memory as initial.
+static void ssd_recurrence(const Dims *d, real *y, real *final, const real *xBC, const real *dt,
+                           const real *A_log, const real *D, const real *initial, const int *doc) {
+    size_t E = d->E, H = d->H, P = d->P, N = d->N, G = d->G, S = d->S, T = d->T;
+    _Pragma("omp parallel for schedule(static) collapse(2)")
+    for (size_t r = 0; r < d->R; r++)
+        for (size_t h = 0; h < H; h++) {
+            real *state = final + (r*H + h)*N*P;
+            if (!initial) memset(state, 0, N*P*sizeof(real));
+            else memmove(state, initial + (r*H + h)*N*P, N*P*sizeof(real));
+            for (size_t i = r*T; i < (r + 1)*T; i++) {
+                const real *x = xBC + i*S + h*P, *B = xBC + i*S + E + h/(H/G)*N, *C = B + G*N;
+                if (doc && doc[i] != (i > r*T ? doc[i - 1] : 0)) memset(state, 0, N*P*sizeof(real));
+                ssd_step(d, y + i*E + h*P, state, x, B, C, dt[i*H + h], A_log[h], D[h]);
+            }
+        }
+}
+
+// Training cuts the row into chunks of Q tokens (section 6): between chunks the recurrence runs on
+// whole states, within a chunk everything is a matrix product. With L_ls = a_l a_{l-1} .. a_{s+1}
+// for s <= l, else 0; in_l = a_l .. a_first; out_s = a_last .. a_{s+1}; total = a_last .. a_first:
+//
+//     1. states    S' = total S + B^T (out dt x)           S before the chunk, S' after it
+//     2. outputs   y  = (C B^T o L) (dt x) + in (C S) + D x
+//
+// L is built from products of the a's, each row from the one above: no exponential of a difference
+// of sums can overflow or cancel, and a document's first token simply has a = 0, which cuts every
+// path from before it. Products below TINY become 0 before they become slow denormal numbers.
+//
+// Backward, with g_S' known from the chunks behind it:
+//
+//     3. g_S  = total g_S' + C^T (in g_y)
+//     4. dW   = g_y (dt x)^T                    (C B^T o L) = W; E = dW o L; G = E o C B^T
+//        R    = (C B^T o L)^T g_y + out (B g_S')            the gradient of dt x
+//        g_x  = dt R + D g_y       g_dt = R x + A g_a       g_D = sum of g_y x
+//        g_C  = E B   + in (g_y S^T)                        summed over the heads of a group
+//        g_B  = E^T C + out dt (x g_S'^T)
+//        g_a_t = sum over s < t <= l of G_ls                paths of log a_t: token to token,
+//              + sum over s < t of rho_s                    token to state,
+//              + sum over l >= t of pi_l + kappa            state to token, state to state
+//        rho_s = out_s dt_s x_s (B_s g_S'), pi_l = in_l g_y_l (C_l S), kappa = total <S, g_S'>
+//        g_A_log = A sum of dt g_a
+
+static const real TINY = (real)1e-30;
+enum { BEST_CHUNK = 64 };               // tokens; measured by `make bench`
+
+typedef struct {                        // one chunk: where it lies and what surrounds it
+    size_t first, len, index;           // first of its tokens (in n), their number, index in C
+    const real *x, *B, *C;              // of its first token and of group g; pitch S
+} Chunk;
+
+static Chunk chunk_at(const Dims *d, const real *xBC, size_t index, size_t g) {
+    size_t r = index/d->chunks, t = index%d->chunks*d->Q;
+    Chunk c = { r*d->T + t, d->Q < d->T - t ? d->Q : d->T - t, index, NULL, NULL, NULL };
+    c.x = xBC + c.first*d->S;
+    c.B = c.x + d->E + g*d->N;
+    c.C = c.B + d->G*d->N;
+    return c;
+}
+
+// a (len) and dt (len) of head h; a = 0 where a document begins
+static void ssd_decay(const Dims *d, real *a, real *dt_h, const Chunk *c, const real *dt,
+                      real A_log, size_t h, const int *doc) {
+    real A = -expr(A_log);
+    for (size_t i = 0; i < c->len; i++) dt_h[i] = dt[(c->first + i)*d->H + h];
+    SIMD for (size_t i = 0; i < c->len; i++) a[i] = expr(dt_h[i]*A);
+    if (doc) for (size_t i = 0; i < c->len; i++) {
+        size_t at = c->first + i;
+        if (doc[at] != (at%d->T ? doc[at - 1] : 0)) a[i] = 0;
+    }
+}
+
+static real flush(real v) { return v < TINY ? 0 : v; }
+
+// in (len) and out (len); returns total
+static real ssd_in_out(real *in, real *out, const real *a, size_t len) {
+    real v = 1;
+    for (size_t i = len; i-- > 0; ) out[i] = v, v = flush(v*a[i]);
+    real total = v;
+    v = 1;
+    for (size_t i = 0; i < len; i++) in[i] = v = flush(v*a[i]);
+    return total;
+}
+
+// L (len,len), row by row, pitch Q
+static void ssd_mask(real *L, const real *a, size_t len, size_t Q) {
+    for (size_t l = 0; l < len; l++) {
+        const real *above = L + (l - 1)*Q;
+        real *row = L + l*Q, al = a[l];
+        if (l) SIMD for (size_t s = 0; s < l; s++) row[s] = flush(above[s]*al);
+        row[l] = 1;
+        for (size_t s = l + 1; s < len; s++) row[s] = 0;
+    }
+}
+
+// out (m,cols) = w (m) times rows of in, pitch ld
+static void scale_rows(real *out, const real *w, const real *in, size_t ld, size_t m, size_t cols) {
+    for (size_t i = 0; i < m; i++)
+        SIMD for (size_t j = 0; j < cols; j++) out[i*cols + j] = w[i]*in[i*ld + j];
+}
+
+// out (cols,rows) = the transpose of in (rows,cols)
+static void transpose(real *out, size_t ldo, const real *in, size_t ldi, size_t rows, size_t cols) {
+    size_t i = 0;
+    for (; i + VL <= rows; i += VL) {
+        size_t j = 0;
+        for (; j + VL <= cols; j += VL)
+            transpose_tile(out + j*ldo + i, ldo, VL, in + i*ldi + j, ldi, VL);
+        for (; j < cols; j++)
+            for (size_t k = i; k < i + VL; k++) out[j*ldo + k] = in[k*ldi + j];
+    }
+    for (; i < rows; i++)
+        for (size_t j = 0; j < cols; j++) out[j*ldo + i] = in[i*ldi + j];
+}
+
+// Step 1: states before each chunk, and the last one of each row
+static void ssd_states(const Dims *d, real *states, real *final, const real *xBC, const real *dt,
+                       const real *A_log, const real *initial, const int *doc) {
+    size_t H = d->H, P = d->P, N = d->N, Q = d->Q, S = d->S, NP = N*P;
+    _Pragma("omp parallel")
+    {
+        real *a = alloc_reals(4*Q + Q*P), *in = a + Q, *out = in + Q, *dt_h = out + Q, *u = dt_h + Q;
+        _Pragma("omp for schedule(static) collapse(2)")
+        for (size_t r = 0; r < d->R; r++)
+            for (size_t h = 0; h < H; h++) {
+                real *state = states + (r*d->chunks*H + h)*NP;
+                if (initial) memcpy(state, initial + (r*H + h)*NP, NP*sizeof(real));
+                else memset(state, 0, NP*sizeof(real));
+                for (size_t k = 0; k < d->chunks; k++) {
+                    Chunk c = chunk_at(d, xBC, r*d->chunks + k, h/(H/d->G));
+                    real *next = k + 1 < d->chunks ? state + H*NP
+                               : final ? final + (r*H + h)*NP : NULL;
+                    if (!next) break;
+                    ssd_decay(d, a, dt_h, &c, dt, A_log[h], h, doc);
+                    real total = ssd_in_out(in, out, a, c.len);
+                    for (size_t i = 0; i < c.len; i++) out[i] *= dt_h[i];
+                    scale_rows(u, out, c.x + h*P, S, c.len, P);
+                    memcpy(next, state, NP*sizeof(real));
+                    matmul_small(next, P, c.B, 1, S, u, P, N, P, c.len, total);
+                    state = next;
+                }
+            }
+        free(a);
+    }
+}
+
+// y (n,E)  xBC (n,S)  dt (n,H)  A_log, D (H)  initial, final (R,H,N,P) or NULL  doc (n) or NULL
+// states (R*chunks,H,N,P) is work space
+static void ssd_forward(const Dims *d, real *y, real *states, real *final, const real *xBC,
+                        const real *dt, const real *A_log, const real *D, const real *initial,
+                        const int *doc) {
+    size_t E = d->E, H = d->H, P = d->P, N = d->N, G = d->G, Q = d->Q, S = d->S;
+    ssd_states(d, states, final, xBC, dt, A_log, initial, doc);
+    _Pragma("omp parallel")
+    {
+        real *L = alloc_reals(2*Q*Q + N*Q + 4*Q), *CB = L + Q*Q, *Bt = CB + Q*Q, *a = Bt + N*Q;
+        real *in = a + Q, *out = in + Q, *dt_h = out + Q;
+        _Pragma("omp for schedule(static) collapse(2)")
+        for (size_t k = 0; k < d->R*d->chunks; k++)
+            for (size_t g = 0; g < G; g++) {
+                Chunk c = chunk_at(d, xBC, k, g);
+                transpose(Bt, Q, c.B, S, c.len, N);
+                matmul_small(CB, Q, c.C, S, 1, Bt, Q, c.len, c.len, N, 0);
+                for (size_t h = g*(H/G); h < (g + 1)*(H/G); h++) {       // step 2
+                    real *yh = y + c.first*E + h*P;
+                    const real *x = c.x + h*P;
+                    ssd_decay(d, a, dt_h, &c, dt, A_log[h], h, doc);
+                    ssd_in_out(in, out, a, c.len);
+                    ssd_mask(L, a, c.len, Q);
+                    matmul_small(yh, E, c.C, S, 1, states + (k*H + h)*N*P, P, c.len, P, N, 0);
+                    for (size_t i = 0; i < c.len; i++) {
+                        SIMD for (size_t j = 0; j < c.len; j++) L[i*Q + j] *= CB[i*Q + j]*dt_h[j];
+                        SIMD for (size_t p = 0; p < P; p++)
+                            yh[i*E + p] = in[i]*yh[i*E + p] + D[h]*x[i*S + p];
+                    }
+                    matmul_small(yh, E, L, Q, 1, x, S, c.len, P, c.len, 1);
+                }
+            }
+        free(L);
+    }
+}
+
+// Step 3: g_states (R*chunks,H,N,P), the gradient of the state after each chunk
+static void ssd_states_backward(const Dims *d, real *g_states, real *g_initial, const real *g_y,
+                                const real *g_final, const real *xBC, const real *dt,
+                                const real *A_log, const int *doc) {
+    size_t E = d->E, H = d->H, P = d->P, N = d->N, Q = d->Q, S = d->S, NP = N*P;
+    _Pragma("omp parallel")
+    {
+        real *a = alloc_reals(4*Q + Q*P), *in = a + Q, *out = in + Q, *dt_h = out + Q, *u = dt_h + Q;
+        _Pragma("omp for schedule(static) collapse(2)")
+        for (size_t r = 0; r < d->R; r++)
+            for (size_t h = 0; h < H; h++) {
+                real *g = g_states + ((r + 1)*d->chunks - 1)*H*NP + h*NP;
+                if (g_final) memcpy(g, g_final + (r*H + h)*NP, NP*sizeof(real));
+                else memset(g, 0, NP*sizeof(real));
+                for (size_t k = d->chunks; k-- > 0; ) {
+                    Chunk c = chunk_at(d, xBC, r*d->chunks + k, h/(H/d->G));
+                    real *before = k ? g - H*NP : g_initial ? g_initial + (r*H + h)*NP : NULL;
+                    if (!before) break;
+                    ssd_decay(d, a, dt_h, &c, dt, A_log[h], h, doc);
+                    real total = ssd_in_out(in, out, a, c.len);
+                    scale_rows(u, in, g_y + c.first*E + h*P, E, c.len, P);
+                    memcpy(before, g, NP*sizeof(real));
+                    matmul_small(before, P, c.C, 1, S, u, P, N, P, c.len, total);
+                    g = before;
+                }
+            }
+        free(a);
+    }
+}
+
+// g_a (len) of one chunk and head from its four kinds of paths. G (len,len, pitch Q) is destroyed:
+// it becomes the sum of its rows from l on, so that no difference is taken and nothing cancels.
+static void ssd_g_a(real *g_a, real *G, const real *rho, const real *pi, real kappa, size_t len,
+                    size_t Q) {
+    real before = 0, after = 0;
+    for (size_t t = len; t-- > 0; ) {
+        real *row = G + t*Q, sum = 0;
+        if (t + 1 < len) SIMD for (size_t s = 0; s <= t; s++) row[s] += row[Q + s];
+        _Pragma("omp simd reduction(+:sum)")
+        for (size_t s = 0; s < t; s++) sum += row[s];
+        after += pi[t];
+        g_a[t] = sum + after + kappa;
+    }
+    for (size_t t = 0; t < len; t++) g_a[t] += before, before += rho[t];
+}
+
+// The work space of one thread in step 4, all pitches Q but R's and u's
+typedef struct { real *L, *CB, *Mt, *E, *G, *Bt, *Ct, *xt, *gt, *R, *gBt, *gCt, *tmp, *a, *in, *out,
+                 *dt, *rho, *pi, *g_a; } SsdWork;
+
+static SsdWork ssd_work(const Dims *d) {
+    size_t Q = d->Q, P = d->P, N = d->N, i = 0;
+    size_t sizes[] = { Q*Q, Q*Q, Q*Q, Q*Q, Q*Q, N*Q, N*Q, P*Q, P*Q, Q*P, N*Q, N*Q, N*Q,
+                       Q, Q, Q, Q, Q, Q, Q }, sum = 0;
+    SsdWork w;
+    for (i = 0; i < sizeof sizes/sizeof *sizes; i++) sum += round_up(sizes[i], 16);
+    real *p = alloc_reals(sum);
+    for (i = 0; i < sizeof sizes/sizeof *sizes; i++)
+        ((real **)&w)[i] = p, p += round_up(sizes[i], 16);
+    return w;
+}
+
+// Step 4 for one head of a chunk: writes its columns of g_xBC, its g_dt without A g_a, and g_a, g_D
+// for each token; adds to w->gBt, w->gCt (N,len) and w->E (len,len), transposed sums over heads.
+static void ssd_head_backward(const Dims *d, const SsdWork *w, const Chunk *c, size_t h,
+                              real *g_xBC, real *g_dt, real *g_a, real *g_D, const real *g_y,
+                              const real *state, const real *g_state, const real *dt,
+                              const real *A_log, const real *D, const int *doc) {
+    size_t E = d->E, H = d->H, P = d->P, N = d->N, Q = d->Q, S = d->S, len = c->len;
+    const real *x = c->x + h*P, *gy = g_y + c->first*E + h*P;
+    ssd_decay(d, w->a, w->dt, c, dt, A_log[h], h, doc);
+    real total = ssd_in_out(w->in, w->out, w->a, len), kappa = 0;
+    ssd_mask(w->L, w->a, len, Q);
+    transpose(w->xt, Q, x, S, len, P);
+    transpose(w->gt, Q, gy, E, len, P);
+
+    // dW, then E, G and the mask with C B^T
+    matmul_small(w->G, Q, gy, E, 1, w->xt, Q, len, len, P, 0);
+    for (size_t l = 0; l < len; l++) {
+        real *G = w->G + l*Q, *e = w->E + l*Q, *L = w->L + l*Q;
+        const real *CB = w->CB + l*Q;
+        SIMD for (size_t s = 0; s < len; s++) {
+            real v = G[s]*L[s]*w->dt[s];
+            e[s] += v;
+            G[s] = v*CB[s];
+            L[s] *= CB[s];
+        }
+    }
+
+    // R = out (B g_S') + (C B^T o L)^T g_y, and what depends on its rows
+    matmul_small(w->R, P, c->B, S, 1, g_state, P, len, P, N, 0);
+    for (size_t s = 0; s < len; s++) {
+        real *R = w->R + s*P, dot = 0;
+        SIMD for (size_t p = 0; p < P; p++) R[p] *= w->out[s];
+        _Pragma("omp simd reduction(+:dot)")
+        for (size_t p = 0; p < P; p++) dot += R[p]*x[s*S + p];
+        w->rho[s] = w->dt[s]*dot;
+    }
+    matmul_small(w->R, P, w->L, 1, Q, gy, E, len, P, len, 1);
+    for (size_t s = 0; s < len; s++) {
+        real *R = w->R + s*P, *gx = g_xBC + (c->first + s)*S + h*P, Rx = 0, gyx = 0;
+        _Pragma("omp simd reduction(+:Rx,gyx)")
+        for (size_t p = 0; p < P; p++) {
+            Rx += R[p]*x[s*S + p];
+            gyx += gy[s*E + p]*x[s*S + p];
+            gx[p] = w->dt[s]*R[p] + D[h]*gy[s*E + p];
+        }
+        g_dt[(c->first + s)*H + h] = Rx;
+        g_D[(c->first + s)*H + h] = gyx;
+    }
+
+    // g_B^T += g_S' (out dt x)^T, g_C^T += S (in g_y)^T and pi from it
+    for (size_t s = 0; s < len; s++) w->out[s] *= w->dt[s];
+    for (size_t p = 0; p < P; p++)
+        SIMD for (size_t s = 0; s < len; s++) {
+            w->xt[p*Q + s] *= w->out[s];
+            w->gt[p*Q + s] *= w->in[s];
+        }
+    matmul_small(w->gBt, Q, g_state, P, 1, w->xt, Q, N, len, P, 1);
+    matmul_small(w->tmp, Q, state, P, 1, w->gt, Q, N, len, P, 0);
+    for (size_t l = 0; l < len; l++) w->pi[l] = 0;
+    for (size_t i = 0; i < N; i++)
+        SIMD for (size_t l = 0; l < len; l++) {
+            w->pi[l] += w->tmp[i*Q + l]*w->Ct[i*Q + l];
+            w->gCt[i*Q + l] += w->tmp[i*Q + l];
+        }
+    _Pragma("omp simd reduction(+:kappa)")
+    for (size_t i = 0; i < N*P; i++) kappa += state[i]*g_state[i];
+    ssd_g_a(w->g_a, w->G, w->rho, w->pi, total*kappa, len, Q);
+    for (size_t i = 0; i < len; i++) g_a[(c->first + i)*H + h] = w->g_a[i];
+}
+
+// g_xBC (n,S), g_dt (n,H) are written, g_A_log, g_D (H) added to; g_initial, g_final (R,H,N,P) or
+// NULL; states, g_states (R*chunks,H,N,P) are work space
+static void ssd_backward(const Dims *d, real *g_xBC, real *g_dt, real *g_A_log, real *g_D,
+                         real *g_initial, const real *g_y, const real *g_final, real *states,
+                         real *g_states, const real *xBC, const real *dt, const real *A_log,
+                         const real *D, const real *initial, const int *doc) {
+    size_t H = d->H, P = d->P, N = d->N, G = d->G, Q = d->Q, S = d->S, n = d->n;
+    real *g_a = alloc_reals(2*n*H), *g_D_token = g_a + n*H;
+    ssd_states(d, states, NULL, xBC, dt, A_log, initial, doc);
+    ssd_states_backward(d, g_states, g_initial, g_y, g_final, xBC, dt, A_log, doc);
+    _Pragma("omp parallel")
+    {
+        SsdWork w = ssd_work(d);
+        _Pragma("omp for schedule(static) collapse(2)")
+        for (size_t k = 0; k < d->R*d->chunks; k++)
+            for (size_t g = 0; g < G; g++) {
+                Chunk c = chunk_at(d, xBC, k, g);
+                real *gB = g_xBC + c.first*S + (size_t)(c.B - c.x), *gC = gB + G*N;
+                transpose(w.Bt, Q, c.B, S, c.len, N);
+                transpose(w.Ct, Q, c.C, S, c.len, N);
+                matmul_small(w.CB, Q, c.C, S, 1, w.Bt, Q, c.len, c.len, N, 0);
+                memset(w.E, 0, Q*Q*sizeof(real));
+                memset(w.gBt, 0, N*Q*sizeof(real));
+                memset(w.gCt, 0, N*Q*sizeof(real));
+                for (size_t h = g*(H/G); h < (g + 1)*(H/G); h++)
+                    ssd_head_backward(d, &w, &c, h, g_xBC, g_dt, g_a, g_D_token, g_y,
+                                      states + (k*H + h)*N*P, g_states + (k*H + h)*N*P, dt, A_log,
+                                      D, doc);
+                transpose(gB, S, w.gBt, Q, N, c.len);
+                transpose(gC, S, w.gCt, Q, N, c.len);
+                matmul_small(gB, S, w.E, 1, Q, c.C, S, c.len, N, c.len, 1);
+                matmul_small(gC, S, w.E, Q, 1, c.B, S, c.len, N, c.len, 1);
+            }
+        free(w.L);
+    }
+    PARALLEL_FOR
+    for (size_t h = 0; h < H; h++) {
+        double A = -exp((double)A_log[h]), sum_a = 0, sum_D = 0;
+        for (size_t i = h; i < n*H; i += H) {
+            sum_a += (double)dt[i]*(double)g_a[i];
+            sum_D += (double)g_D_token[i];
+            g_dt[i] += (real)A*g_a[i];
+        }
+        g_A_log[h] += (real)(A*sum_a);
+        g_D[h] += (real)sum_D;
+    }
+    free(g_a);
+}
+
+// ---- gated RMSNorm: o = rmsnorm(y silu(z)) w, over each of the G groups of E/G channels --------------------
+// o, y (n,E)  rstd (n,G)  z = the first E columns of zxBCdt (n,Z)  w (E)
+static void gated_rmsnorm_forward(const Dims *d, real *o, real *rstd, const real *y,
+                                  const real *zxBCdt, const real *w) {
+    size_t E = d->E, G = d->G, m = E/G;
+    PARALLEL_FOR
+    for (size_t i = 0; i < d->n; i++)
+        for (size_t g = 0; g < G; g++) {
+            const real *yg = y + i*E + g*m, *z = zxBCdt + i*d->Z + g*m, *wg = w + g*m;
+            real *og = o + i*E + g*m, sum = 0;
+            _Pragma("omp simd reduction(+:sum)")
+            for (size_t j = 0; j < m; j++) {
+                og[j] = yg[j]*silu(z[j]);
+                sum += og[j]*og[j];
+            }
+            real s = rstd[i*G + g] = (real)(1/sqrt((double)sum/(double)m + d->eps));
+            SIMD for (size_t j = 0; j < m; j++) og[j] *= s*wg[j];
+        }
+}
+
+// With v = y silu(z) rstd, q = g_o w: g = rstd*(q - v*mean(q v)), g_y = g silu(z),
+// g_z = g y silu'(z), g_w += sum over rows of g_o v. Writes the z columns of g_zxBCdt.
+static void gated_rmsnorm_backward(const Dims *d, real *g_y, real *g_zxBCdt, real *g_w,
+                                   const real *g_o, const real *y, const real *zxBCdt,
+                                   const real *rstd, const real *w) {
+    size_t E = d->E, G = d->G, m = E/G, blocks = ceil_div(d->n, ROWS);
+    real *parts = alloc_reals(blocks*E);
+    PARALLEL_FOR
+    for (size_t b = 0; b < blocks; b++) {
+        real *sig = alloc_reals(m);
+        for (size_t ig = b*ROWS*G; ig < d->n*G && ig < (b + 1)*ROWS*G; ig++) {
+            size_t i = ig/G, g = ig%G;
+            const real *yg = y + i*E + g*m, *go = g_o + i*E + g*m, *wg = w + g*m;
+            const real *z = zxBCdt + i*d->Z + g*m;
+            real *gy = g_y + i*E + g*m, *gz = g_zxBCdt + i*d->Z + g*m, *part = parts + b*E + g*m;
+            real s = rstd[ig], dot = 0;
+            _Pragma("omp simd reduction(+:dot)")
+            for (size_t j = 0; j < m; j++) {
+                sig[j] = sigmoid(z[j]);
+                real v = yg[j]*z[j]*sig[j]*s;
+                part[j] += go[j]*v;
+                dot += go[j]*wg[j]*v;
+            }
+            dot /= (real)m;
+            SIMD for (size_t j = 0; j < m; j++) {
+                real zs = z[j]*sig[j], grad = s*(go[j]*wg[j] - yg[j]*zs*s*dot);
+                gy[j] = grad*zs;
+                gz[j] = grad*yg[j]*(sig[j] + zs*(1 - sig[j]));
+            }
+        }
+        free(sig);
+    }
+    sum_parts(g_w, parts, blocks, E);
+    free(parts);
+}
+
+// ---- SwiGLU of the MLP: h = a silu(b) --------------------------------------------------------------------
+// h (n,F)  ab (n,2F): a | b
+static void swiglu_forward(const Dims *d, real *h, const real *ab) {
+    size_t F = d->F;
+    PARALLEL_FOR
+    for (size_t i = 0; i < d->n; i++)
+        SIMD for (size_t j = 0; j < F; j++) h[i*F + j] = ab[2*i*F + j]*silu(ab[(2*i + 1)*F + j]);
+}
+
+static void swiglu_backward(const Dims *d, real *g_ab, const real *g_h, const real *ab) {
+    size_t F = d->F;
+    PARALLEL_FOR
+    for (size_t i = 0; i < d->n; i++) {
+        const real *a = ab + 2*i*F, *b = a + F, *g = g_h + i*F;
+        real *g_a = g_ab + 2*i*F, *g_b = g_a + F;
+        SIMD for (size_t j = 0; j < F; j++) {
+            g_a[j] = g[j]*silu(b[j]);
+            g_b[j] = g[j]*a[j]*silu_grad(b[j]);
+        }
+    }
+}
+
+// ---- classifier: loss = log(sum of exp(logits)) - logits[target], logits = hidden weight^T -------------------
+// One row of logits (V) becomes its gradient (softmax - 1[target])*scale; returns the loss.
+static real cross_entropy(real *logits, size_t V, int target, real scale) {
+    real top = logits[0], sum = 0;
+    _Pragma("omp simd reduction(max:top)")
+    for (size_t v = 1; v < V; v++) top = logits[v] > top ? logits[v] : top;
+    real loss = top - logits[target];
+    _Pragma("omp simd reduction(+:sum)")
+    for (size_t v = 0; v < V; v++) sum += logits[v] = expr(logits[v] - top);
+    real k = scale/sum;
+    SIMD for (size_t v = 0; v < V; v++) logits[v] *= k;
+    logits[target] -= scale;
+    return loss + (real)log((double)sum);
+}
+
+// losses (n)  hidden, g_hidden (n,M)  weight, g_weight (V,M)  targets (n)  logits: work (slab,V).
+// Rows go through in slabs, so that the (n,V) logits never exist at once. Without g_hidden only the
+// losses; with all_logits (n,V) a copy of the logits. add as in linear_backward.
+static void classifier(const Dims *d, real *losses, real *g_hidden, real *g_weight, real *logits,
+                       real *all_logits, const real *hidden, const real *weight,
+                       const int *targets, real scale, int add) {
+    size_t M = d->M, V = d->V;
+    for (size_t i = 0; i < d->n; i += d->slab) {
+        size_t m = d->slab < d->n - i ? d->slab : d->n - i;
+        linear_forward(logits, hidden + i*M, weight, m, M, V, 0);
+        if (all_logits) memcpy(all_logits + i*V, logits, m*V*sizeof(real));
+        PARALLEL_FOR
+        for (size_t j = 0; j < m; j++)
+            losses[i + j] = cross_entropy(logits + j*V, V, targets[i + j], scale);
+        if (g_hidden)
+            linear_backward(g_hidden + i*M, g_weight, logits, hidden + i*M, weight, m, M, V,
+                            add || i);
+    }
+}
+
+// ================================================================================================
+// The model: layers between embedding and classifier, forward and backward
+// ================================================================================================
+
+typedef struct {
+    Dims d;
+    Spec specs[PARAM_COUNT];
+    size_t size;                        // of a block of parameters, in reals
+    Params w, g, m, v;                  // weights, gradients, AdamW's moments
+    real *weights, *grads, *mean, *square;       // the same as blocks
+    Acts a;
+    real *acts;
+    const int *ids, *targets, *doc;     // of the micro-batch (n); doc NULL: not packed
+    real scale;                         // of the loss: 1 / targets of the step
+    int add;                            // 0: the step's first micro-batch, gradients start from 0
+    size_t lane;                        // --carry: of the micro-batch's first row
+    int recurrent;                      // generation: one token at a time
+    real *all_logits;                   // (n,V) a copy for --dump, or NULL
+    void (*watch)(void *, size_t layer, int backward);       // --dump: called after each layer
+    void *watcher;
+} Model;
+
+// The i-th element of a new parameter; stream is its row in PARAMS.
+static double draw(const Dims *d, const Spec *s, uint64_t seed, uint64_t stream, uint64_t i) {
+    double u = random_uniform(seed, stream, i), dt;
+    double fan_in = 1/sqrt((double)s->shape[s->rank - 1]);
+    switch (s->init) {
+    case NORMAL:   return 0.02*random_normal(seed, stream, i);
+    case FAN_IN:   return (2*u - 1)*fan_in;
+    case FAN_IN_L: return (2*u - 1)*fan_in/sqrt((double)d->L);
+    case CONV:     return (2*u - 1)/sqrt((double)d->W);
+    case A_LOG:    return log(1 + 15*u);
+    case DT_BIAS:  dt = fmax(exp(u*log(0.1/0.001) + log(0.001)), 1e-4);
+                   return dt + log(-expm1(-dt));             // the inverse of softplus
+    default:       return 1;
+    }
+}
+
+static void model_init(Model *m, uint64_t seed) {
+    for (size_t k = 0; k < PARAM_COUNT; k++) {
+        Spec s = m->specs[k];
+        real *w = ((real **)&m->w)[k];
+        PARALLEL_FOR
+        for (size_t i = 0; i < s.count; i++) w[i] = (real)(float)draw(&m->d, &s, seed, k, i);    // the same in both programs
+    }
+}
+
+static size_t parameter_count(const Spec *specs) {
+    size_t sum = 0;
+    for (size_t k = 0; k < PARAM_COUNT; k++) sum += specs[k].count;
+    return sum;
+}
+
+static void model_allocate(Model *m, const Dims *d, int training) {
+    Spec acts[ACT_COUNT];
+    m->d = *d;
+    param_specs(d, m->specs);
+    act_specs(d, acts);
+    m->size = total(m->specs, PARAM_COUNT);
+    m->weights = allocate(&m->w, m->specs, PARAM_COUNT);
+    if (training) {
+        m->grads = allocate(&m->g, m->specs, PARAM_COUNT);
+        m->mean = allocate(&m->m, m->specs, PARAM_COUNT);
+        m->square = allocate(&m->v, m->specs, PARAM_COUNT);
+    }
+    m->acts = allocate(&m->a, acts, ACT_COUNT);
+}
+
+// The weights of layer l, and what its activations are: w.in_proj + l*Z*M is (Z,M), and so on.
+// With --recompute all layers share the place of layer 0.
+static real *layer_resid(const Model *m, size_t l, int mlp) {
+    return m->a.resid + ((m->d.F ? 2 : 1)*l + (size_t)mlp)*m->d.n*m->d.M;
+}
+
+static void layer_forward(Model *m, size_t l) {
+    const Dims *d = &m->d;
+    const Params *w = &m->w;
+    const Acts *a = &m->a;
+    size_t n = d->n, M = d->M, E = d->E, H = d->H, S = d->S, Z = d->Z, F = d->F;
+    size_t k = l % d->kept, HNP = H*d->N*d->P, past_size = (d->W - 1)*S;
+    size_t lane = l*d->lanes + m->lane;
+    real *resid = layer_resid(m, l, 0), *next = layer_resid(m, F ? l : l + 1, F ? 1 : 0);
+    real *u = a->u + k*n*M, *rstd = a->rstd + k*n, *zxBCdt = a->zxBCdt + k*n*Z;
+    real *xBC = a->xBC + k*n*S, *dt = a->dt + k*n*H, *y = a->y + k*n*E, *o = a->o + k*n*E;
+    const real *past = d->lanes ? a->past + lane*past_size : NULL;
+    const real *initial = d->lanes ? a->carried + lane*HNP : NULL;
+    real *final = d->lanes ? a->carried_new + lane*HNP : NULL;
+
+    rmsnorm_forward(d, u, rstd, resid, w->norm + l*M);                              lap("norm");
+    linear_forward(zxBCdt, u, w->in_proj + l*Z*M, n, M, Z, 0);                      lap("in_proj");
+    conv1d_forward(d, xBC, zxBCdt, w->conv_w + l*S*d->W, w->conv_b + l*S, past, m->doc);
+    if (d->lanes) conv1d_past(d, a->past_new + lane*past_size, zxBCdt, past, m->doc);
+    lap("conv1d");
+    dt_forward(d, dt, zxBCdt, w->dt_bias + l*H);                                    lap("dt");
+    if (m->recurrent)
+        ssd_recurrence(d, y, final, xBC, dt, w->A_log + l*H, w->D + l*H, initial, m->doc);
+    else ssd_forward(d, y, a->states, final, xBC, dt, w->A_log + l*H, w->D + l*H, initial, m->doc);
+    lap("ssd");
+    gated_rmsnorm_forward(d, o, a->rstd_g + k*n*d->G, y, zxBCdt, w->norm_g + l*E);  lap("norm_g");
+    memcpy(next, resid, n*M*sizeof(real));
+    linear_forward(next, o, w->out_proj + l*M*E, n, E, M, 1);                       lap("out_proj");
+    if (F) {
+        real *u2 = a->u2 + k*n*M, *ab = a->ab + k*n*2*F, *h = a->h + k*n*F;
+        resid = next, next = layer_resid(m, l + 1, 0);
+        rmsnorm_forward(d, u2, a->rstd2 + k*n, resid, w->norm2 + l*M);              lap("norm");
+        linear_forward(ab, u2, w->fc1 + l*2*F*M, n, M, 2*F, 0);                     lap("mlp");
+        swiglu_forward(d, h, ab);                                                   lap("swiglu");
+        memcpy(next, resid, n*M*sizeof(real));
+        linear_forward(next, h, w->fc2 + l*M*F, n, F, M, 1);                        lap("mlp");
+    }
+    if (m->watch) m->watch(m->watcher, l, 0);
+}
+
+// g_resid (n,M): on entry the gradient of what the layer returns, on exit of what it was given.
+static void layer_backward(Model *m, size_t l) {
+    const Dims *d = &m->d;
+    const Params *w = &m->w, *g = &m->g;
+    const Acts *a = &m->a;
+    size_t n = d->n, M = d->M, E = d->E, H = d->H, S = d->S, Z = d->Z, F = d->F;
+    size_t k = l % d->kept, HNP = H*d->N*d->P, lane = l*d->lanes + m->lane;
+    real *u = a->u + k*n*M, *rstd = a->rstd + k*n, *zxBCdt = a->zxBCdt + k*n*Z;
+    real *xBC = a->xBC + k*n*S, *dt = a->dt + k*n*H, *y = a->y + k*n*E, *o = a->o + k*n*E;
+    const real *past = d->lanes ? a->past + lane*(d->W - 1)*S : NULL;
+    const real *initial = d->lanes ? a->carried + lane*HNP : NULL;
+
+    if (d->kept < d->L) {
+        void (*watch)(void *, size_t, int) = m->watch;
+        m->watch = NULL, layer_forward(m, l), m->watch = watch;
+    }
+    if (F) {
+        real *u2 = a->u2 + k*n*M, *ab = a->ab + k*n*2*F, *h = a->h + k*n*F;
+        linear_backward(a->g_h, g->fc2 + l*M*F, a->g_resid, h, w->fc2 + l*M*F, n, F, M, m->add);
+        lap("mlp");
+        swiglu_backward(d, a->g_ab, a->g_h, ab);                                    lap("swiglu");
+        linear_backward(a->g_u, g->fc1 + l*2*F*M, a->g_ab, u2, w->fc1 + l*2*F*M, n, M, 2*F, m->add);
+        lap("mlp");
+        rmsnorm_backward(d, a->g_resid, g->norm2 + l*M, a->g_u, layer_resid(m, l, 1),
+                         a->rstd2 + k*n, w->norm2 + l*M);                           lap("norm");
+    }
+    linear_backward(a->g_o, g->out_proj + l*M*E, a->g_resid, o, w->out_proj + l*M*E, n, E, M,
+                    m->add);                                                        lap("out_proj");
+    gated_rmsnorm_backward(d, a->g_y, a->g_zxBCdt, g->norm_g + l*E, a->g_o, y, zxBCdt,
+                           a->rstd_g + k*n*d->G, w->norm_g + l*E);                  lap("norm_g");
+    ssd_backward(d, a->g_xBC, a->g_dt, g->A_log + l*H, g->D + l*H, NULL, a->g_y, NULL, a->states,
+                 a->g_states, xBC, dt, w->A_log + l*H, w->D + l*H, initial, m->doc);   lap("ssd");
+    dt_backward(d, a->g_zxBCdt, g->dt_bias + l*H, a->g_dt, zxBCdt, w->dt_bias + l*H);  lap("dt");
+    if (m->watch) m->watch(m->watcher, l, 1);                // conv1d_backward overwrites g_xBC
+    conv1d_backward(d, a->g_zxBCdt, g->conv_w + l*S*d->W, g->conv_b + l*S, a->g_xBC, zxBCdt,
+                    w->conv_w + l*S*d->W, w->conv_b + l*S, past, m->doc);           lap("conv1d");
+    linear_backward(a->g_u, g->in_proj + l*Z*M, a->g_zxBCdt, u, w->in_proj + l*Z*M, n, M, Z,
+                    m->add);                                                        lap("in_proj");
+    rmsnorm_backward(d, a->g_resid, g->norm + l*M, a->g_u, layer_resid(m, l, 0), rstd,
+                     w->norm + l*M);                                                lap("norm");
+    if (m->watch) m->watch(m->watcher, l, 2);
+}
+
+static void model_hidden(Model *m) {
+    const Dims *d = &m->d;
+    embed_forward(d, m->a.resid, m->ids, m->w.embedding);                           lap("embed");
+    for (size_t l = 0; l < d->L; l++) layer_forward(m, l);
+    rmsnorm_forward(d, m->a.hidden, m->a.rstd_f, layer_resid(m, d->L, 0), m->w.norm_f);
+    lap("norm");
+}
+
+// The mean loss of the micro-batch; with `backward` also its gradients, added to those of the
+// step's earlier micro-batches.
+static double model_loss(Model *m, int backward) {
+    const Dims *d = &m->d;
+    Acts *a = &m->a;
+    const real *head = d->tied ? m->w.embedding : m->w.lm_head;
+    real *g_head = d->tied ? m->g.embedding : m->g.lm_head;
+    double sum = 0;
+    model_hidden(m);
+    classifier(d, a->losses, backward ? a->g_u : NULL, g_head, a->logits, m->all_logits, a->hidden,
+               head, m->targets, m->scale, m->add);                               lap("classifier");
+    for (size_t i = 0; i < d->n; i++) sum += (double)a->losses[i];
+    if (backward) {
+        if (m->watch) m->watch(m->watcher, d->L, 1);
+        memset(a->g_resid, 0, d->n*d->M*sizeof(real));
+        rmsnorm_backward(d, a->g_resid, m->g.norm_f, a->g_u, layer_resid(m, d->L, 0), a->rstd_f,
+                         m->w.norm_f);                                              lap("norm");
+        if (m->watch) m->watch(m->watcher, d->L, 2);
+        for (size_t l = d->L; l-- > 0; ) layer_backward(m, l);
+        embed_backward(d, m->g.embedding, a->g_resid, m->ids);                      lap("embed");
+    }
+    return sum/(double)d->n;
+}
+
+// Before the first micro-batch of a step: the gradients that only ever add start from 0. (Matrices
+// are overwritten by their first product; that saves a pass over most of the memory.)
+static void model_zero_grad(Model *m) {
+    for (size_t k = 0; k < PARAM_COUNT; k++) {
+        int product = m->specs[k].decay && (m->specs[k].init != NORMAL || m->d.tied);
+        if (!product) memset(((real **)&m->g)[k], 0, m->specs[k].count*sizeof(real));
+    }
+    m->add = 0;
+    last_lap = now();
+}
+
+// ================================================================================================
+// AdamW, clipping, schedule, outliers
+// ================================================================================================
+
+// The norm of all gradients together, in double, in a fixed order; NaN and Inf come through.
+static double gradient_norm(const Model *m) {
+    size_t block = 4096, blocks = ceil_div(m->size, block);
+    double *parts = (double *)alloc(blocks, sizeof(double)), sum = 0;
+    PARALLEL_FOR
+    for (size_t b = 0; b < blocks; b++) {
+        size_t end = (b + 1)*block < m->size ? (b + 1)*block : m->size;
+        double part = 0;
+        _Pragma("omp simd reduction(+:part)")
+        for (size_t i = b*block; i < end; i++) part += (double)m->grads[i]*(double)m->grads[i];
+        parts[b] = part;
+    }
+    for (size_t b = 0; b < blocks; b++) sum += parts[b];
+    free(parts);
+    return sqrt(sum);
+}
+
+// Step t = 1, 2, ... of AdamW (Loshchilov and Hutter 2019) as PyTorch has it:
+//   m = beta1 m + (1-beta1) g,  v = beta2 v + (1-beta2) g^2,
+//   w -= lr*decay*w,            w -= lr * m/(1-beta1^t) / (sqrt(v/(1-beta2^t)) + eps)
+static void adamw(Model *m, double lr, double grad_scale, Int t) {
+    double fix1 = 1 - pow(flags.beta1, (double)t), fix2 = 1 - pow(flags.beta2, (double)t);
+    real b1 = (real)flags.beta1, b2 = (real)flags.beta2, gs = (real)grad_scale, eps = (real)flags.eps;
+    real c1 = (real)(1 - flags.beta1), c2 = (real)(1 - flags.beta2);
+    real step = (real)(lr/fix1), root = (real)(1/sqrt(fix2));
+    for (size_t k = 0; k < PARAM_COUNT; k++) {
+        real *w = ((real **)&m->w)[k], *g = ((real **)&m->g)[k];
+        real *mean = ((real **)&m->m)[k], *square = ((real **)&m->v)[k];
+        real keep = (real)(1 - lr*(m->specs[k].decay ? flags.weight_decay : 0));
+        _Pragma("omp parallel for simd schedule(static)")
+        for (size_t i = 0; i < m->specs[k].count; i++) {
+            real gi = g[i]*gs;
+            mean[i] = b1*mean[i] + c1*gi;
+            square[i] = b2*square[i] + c2*gi*gi;
+            w[i] = keep*w[i] - step*mean[i]/((real)sqrt(square[i])*root + eps);
+        }
+    }
+}
+
+// Step t = 1 .. steps; interface.md gives the formulas.
+static double learning_rate(Int t) {
+    double lr = flags.lr, low = flags.min_lr, W = (double)flags.warmup, steps = (double)flags.steps;
+    double decay = round(flags.decay_frac*steps), x = (double)t;
+    if (x <= W) return lr*x/W;
+    double part = steps > W ? (x - W)/(steps - W) : 1;
+    if (!strcmp(flags.schedule, "linear")) return low + (lr - low)*(1 - part);
+    if (!strcmp(flags.schedule, "cosine")) return low + (lr - low)/2*(1 + cos(M_PI*part));
+    if (!strcmp(flags.schedule, "wsd")) {
+        double start = fmax(W, steps - decay);
+        return x <= start ? lr : low + (lr - low)*(steps - x)/(steps - start);
+    }
+    return lr;
+}
+
+// A value more than `limit` standard deviations above the mean of the last 128 is an outlier.
+enum { WINDOW = 128 };
+typedef struct { double values[WINDOW]; Int count; } Recent;
+
+static int outlier(const Recent *r, double value, double limit) {
+    if (limit <= 0 || r->count < WINDOW) return 0;           // not enough history to judge by
+    double mean = 0, var = 0;
+    for (int i = 0; i < WINDOW; i++) mean += r->values[i]/WINDOW;
+    for (int i = 0; i < WINDOW; i++) var += (r->values[i] - mean)*(r->values[i] - mean)/WINDOW;
+    return value - mean > limit*sqrt(var);
+}
+
+static void remember(Recent *r, double value) { r->values[r->count++ % WINDOW] = value; }
+
+static void check_finite(const Model *m, double loss, double norm, Int step) {
+    CHECK(isfinite(loss), "step %" PRId64 ": the loss is %g; nothing was saved since the last "
+          "checkpoint; try a smaller --lr or look at the data", step, loss);
+    if (isfinite(norm)) return;
+    for (size_t k = 0; k < PARAM_COUNT; k++)
+        for (size_t i = 0; i < m->specs[k].count; i++) {
+            double g = (double)((real **)&m->g)[k][i];
+            CHECK(isfinite(g), "step %" PRId64 ": the gradient of %s at element %zu is %g; nothing "
+                  "was saved since the last checkpoint; try a smaller --lr", step,
+                  m->specs[k].name, i, g);
+        }
+    die("step %" PRId64 ": the norm of the gradient is %g", step, norm);
+}
+
+// ================================================================================================
+// Tokens: text and llm.c shards into micro-batches
+// ================================================================================================
+// A shard of llm.c: 256 int32 (magic, version, number of tokens), then the tokens, 16 or 32 bits
+// wide. All other files are text; several are one stream, each behind an end-of-text token.
+
+typedef struct { const char *path; size_t tokens; } Shard;
+
+typedef struct {
+    Shard *shards;                      // in the order of their paths; a text is a single one
+    size_t count;
+    int version;                        // of the shards: 1 or 7; 0: text
+    const Tokenizer *tokenizer;         // NULL: the tokens' bytes are not known
+    int eot;
+    size_t vocab;                       // rows of the model: no token may be beyond
+    int *text;                          // the text's tokens
+    size_t text_size;
+    int single_text;                    // one file: its last part can be held back
+    size_t R, T, accum;                 // a micro-batch, micro-batches of a step (--carry)
+    int shuffle, packed, carry;
+    uint64_t seed;
+    uint64_t epoch, shard, batch;       // position: the next micro-batch
+    int *tokens;                        // of the current shard, in this epoch's order, or NULL
+    size_t size, phase, *rows;          // rows: the order of its rows, when shuffled
+    int *ids, *targets, *doc;           // the micro-batch (R*T); doc: NULL unless packed
+    int fresh;                          // --carry: its rows start a new stretch, states are 0
+} Loader;
+
+static int compare_paths(const void *a, const void *b) {
+    return strcmp(*(const char *const *)a, *(const char *const *)b);
+}
+
+// All files that match any of the patterns, sorted, without duplicates.
+static char **match_files(const char *patterns, size_t *count, const char *flag) {
+    char **paths = NULL;
+    *count = 0;
+    for (const char *p = patterns; *p; ) {
+        size_t size = strcspn(p, ",");
+        const char *pattern = str("%.*s", (int)size, p);
+        glob_t found;
+        int none = glob(pattern, 0, NULL, &found);
+        CHECK(!none, "%s: no file matches '%s'; give text, or shards in the format of llm.c", flag,
+              pattern);
+        paths = (char **)realloc(paths, (*count + found.gl_pathc)*sizeof(char *));
+        for (size_t i = 0; i < found.gl_pathc; i++) paths[(*count)++] = strdup(found.gl_pathv[i]);
+        globfree(&found);
+        p += size + (p[size] == ',');
+    }
+    CHECK(*count, "%s: no file is named", flag);
+    qsort(paths, *count, sizeof(char *), compare_paths);
+    size_t kept = 1;
+    for (size_t i = 1; i < *count; i++)
+        if (strcmp(paths[i], paths[kept - 1])) paths[kept++] = paths[i];
+    *count = kept;
+    return paths;
+}
+
+static int is_shard_name(const char *path) {
+    size_t n = strlen(path);
+    return (n > 4 && !strcmp(path + n - 4, ".bin")) || (n > 7 && !strcmp(path + n - 7, ".bin.gz"));
+}
+
+// Version and number of tokens from the header of a shard
+static int shard_header(const char *path, size_t *tokens) {
+    int32_t header[256] = { 0 };
+    gzFile file = gzopen(path, "rb");
+    CHECK(file, "%s: %s", path, strerror(errno));
+    int got = gzread(file, header, sizeof header);
+    gzclose(file);
+    int version = header[0] == 20240520 && header[1] == 1 ? 1
+                : header[0] == 20240801 && header[1] == 7 ? 7 : 0;
+    CHECK(got == sizeof header && version, "%s: no header of an llm.c shard (expected the number "
+          "20240520 and version 1, or 20240801 and 7; found %d and %d); a headerless file of "
+          "nanoGPT needs converting: dev/data/README.md", path, header[0], header[1]);
+    CHECK(header[2] >= 0, "%s: its header says %d tokens", path, header[2]);
+    *tokens = (size_t)header[2];
+    return version;
+}
+
+static void check_tokens(const Loader *d, const char *path, const int *tokens, size_t count) {
+    for (size_t i = 0; i < count; i++)
+        CHECK((size_t)(unsigned)tokens[i] < d->vocab, "%s: token %u at position %zu is outside the "
+              "vocabulary of %zu; the data and the model (or --tokenizer) do not belong together",
+              path, (unsigned)tokens[i], i, d->vocab);
+}
+
+static int *read_shard(const Loader *d, const Shard *shard) {
+    Bytes b = read_file(shard->path);
+    size_t width = d->version == 7 ? 4 : 2, expected = 1024 + shard->tokens*width;
+    CHECK(b.size == expected, "%s: %zu bytes, expected %zu for the %zu tokens of its header",
+          shard->path, b.size, expected, shard->tokens);
+    int *tokens = (int *)alloc(shard->tokens, sizeof(int));
+    for (size_t i = 0; i < shard->tokens; i++) {
+        uint32_t v = 0;
+        memcpy(&v, b.data + 1024 + i*width, width);          // little-endian, as all our machines
+        tokens[i] = (int)v;
+    }
+    free(b.data);
+    check_tokens(d, shard->path, tokens, shard->tokens);
+    return tokens;
+}
+
+static void append_text(Loader *d, const char *path, int first_eot) {
+    Bytes b = read_file(path);
+    size_t count;
+    int32_t *ids = tokenizer_encode(d->tokenizer, path, b.data, b.size, &count);
+    CHECK(count, "%s is empty", path);
+    d->text = (int *)realloc(d->text, (d->text_size + count + 1)*sizeof(int));
+    CHECK(d->text, "out of memory: %zu tokens of text", d->text_size + count);
+    if (first_eot) d->text[d->text_size++] = d->eot;
+    memcpy(d->text + d->text_size, ids, count*sizeof(int));
+    d->text_size += count;
+    free(ids), free(b.data);
+}
+
+// Opens the files that match `patterns`; the vocabulary and the batch are set later.
+static void loader_open(Loader *d, const char *patterns, const char *flag,
+                        const Tokenizer *tokenizer) {
+    memset(d, 0, sizeof *d);
+    size_t count, shards = 0;
+    char **paths = match_files(patterns, &count, flag);
+    for (size_t i = 0; i < count; i++) shards += (size_t)is_shard_name(paths[i]);
+    CHECK(!shards || shards == count, "%s: %s is a shard and others are text; give one kind", flag,
+          paths[0]);
+    d->shards = (Shard *)alloc(count, sizeof(Shard));
+    d->count = shards ? count : 1;
+    d->tokenizer = tokenizer;
+    for (size_t i = 0; i < count; i++) {
+        d->shards[i].path = paths[i];
+        if (!shards) continue;
+        int version = shard_header(paths[i], &d->shards[i].tokens);
+        CHECK(!d->version || version == d->version, "%s: version %d, but %s has version %d", paths[i],
+              version, paths[0], d->version);
+        d->version = version;
+    }
+    d->eot = given[FLAG_eot] ? (int)flags.eot : tokenizer->eot;
+    for (size_t i = 0; i < count && !shards; i++) append_text(d, paths[i], count > 1);
+    if (!shards) d->shards[0].tokens = d->text_size, d->single_text = count == 1;
+}
+
+// The last part of a single text becomes the validation set.
+static void loader_split(Loader *train, Loader *val, double fraction) {
+    *val = *train;
+    size_t first = (size_t)floor((1 - fraction)*(double)train->text_size);
+    train->text_size = train->shards[0].tokens = first;
+    val->shards = (Shard *)alloc(1, sizeof(Shard));
+    val->shards[0] = train->shards[0];
+    val->text += first;
+    val->text_size -= first;
+    val->shards[0].tokens = val->text_size;
+}
+
+// Micro-batches of a shard of `size` tokens
+static size_t loader_batches(const Loader *d, size_t size) {
+    if (!size) return 0;
+    if (d->carry) return d->accum*((size - 1)/(d->R*d->accum)/d->T);
+    return (size - 1)/(d->R*d->T);
+}
+
+static void loader_start(Loader *d, size_t vocab, size_t R, size_t T) {
+    size_t n = mul(R, T), batches = 0;
+    d->vocab = vocab, d->R = R, d->T = T;
+    if (!d->accum) d->accum = 1;
+    if (d->version && d->tokenizer->byte_level && vocab > 272) {         // it is not theirs
+        d->tokenizer = NULL;
+        if (!given[FLAG_eot]) d->eot = d->version == 1 ? 50256 : 128000;
+    }
+    d->ids = (int *)alloc(n, sizeof(int));
+    d->targets = (int *)alloc(n, sizeof(int));
+    if (d->packed) d->doc = (int *)alloc(n, sizeof(int));
+    if (d->text) check_tokens(d, d->shards[0].path, d->text, d->text_size);
+    for (size_t i = 0; i < d->count; i++) {
+        size_t k = loader_batches(d, d->shards[i].tokens);
+        if (!k)
+            fprintf(stderr, "warning: %s: its %zu tokens do not make a micro-batch of %zu x %zu; "
+                    "it is skipped\n", d->shards[i].path, d->shards[i].tokens, R, T);
+        batches += k;
+    }
+    CHECK(batches, "%s: %zu tokens, expected at least %zu for a micro-batch of %zu rows of %zu "
+          "tokens; give more data, or a smaller --batch or --seq-len", d->shards[0].path,
+          d->shards[0].tokens, n*d->accum + 1, R, T);
+}
+
+// Puts `count` numbers in random order, always the same for a seed and a stream.
+static void shuffle_sizes(size_t *v, size_t count, uint64_t seed, uint64_t stream) {
+    for (size_t i = count; i > 1; i--) {
+        size_t j = random_bits(seed, stream, i) % i, t = v[j];
+        v[j] = v[i - 1];
+        v[i - 1] = t;
+    }
+}
+
+static size_t *counting(size_t count) {
+    size_t *v = (size_t *)alloc(count, sizeof(size_t));
+    for (size_t i = 0; i < count; i++) v[i] = i;
+    return v;
+}
+
+// The documents of a shard in random order. A document begins with its end-of-text token.
+static void shuffle_documents(Loader *d, uint64_t stream) {
+    size_t count = 0, at = 0, *first = (size_t *)alloc(d->size + 1, sizeof(size_t));
+    for (size_t i = 0; i < d->size; i++)
+        if (!i || d->tokens[i] == d->eot) first[count++] = i;
+    first[count] = d->size;
+    size_t *order = counting(count);
+    shuffle_sizes(order, count, d->seed, stream);
+    int *mixed = (int *)alloc(d->size, sizeof(int));
+    for (size_t i = 0; i < count; i++) {
+        size_t begin = first[order[i]], size = first[order[i] + 1] - begin;
+        memcpy(mixed + at, d->tokens + begin, size*sizeof(int));
+        at += size;
+    }
+    free(d->tokens), free(first), free(order);
+    d->tokens = mixed;
+}
+
+// Loads shard number d->shard of epoch d->epoch. Shuffled: the shards' order, the documents' order
+// in a shard, where the first row begins and the rows' order all change with each epoch.
+static void loader_load(Loader *d) {
+    uint64_t stream = RANDOM_ORDER + 4*(d->epoch*d->count + d->shard) + 4;
+    size_t *order = counting(d->count);
+    if (d->shuffle) shuffle_sizes(order, d->count, d->seed, hash64(d->epoch + 1));
+    const Shard *shard = &d->shards[order[d->shard]];
+    free(order), free(d->tokens), free(d->rows);
+    d->rows = NULL, d->phase = 0, d->size = shard->tokens;
+    if (d->text) {
+        d->tokens = (int *)alloc(d->size, sizeof(int));
+        memcpy(d->tokens, d->text, d->size*sizeof(int));
+    } else d->tokens = read_shard(d, shard);
+    if (!d->shuffle) return;
+    shuffle_documents(d, stream);
+    if (d->carry) return;
+    size_t room = (d->size - 1) % (d->R*d->T) + 1;           // keeps the number of micro-batches
+    d->phase = random_bits(d->seed, stream + 1, 0) % (room < d->T ? room : d->T);
+    size_t rows = loader_batches(d, d->size)*d->R;
+    d->rows = counting(rows);
+    shuffle_sizes(d->rows, rows, d->seed, stream + 2);
+}
+
+static void loader_seek(Loader *d, uint64_t epoch, uint64_t shard, uint64_t batch) {
+    free(d->tokens);
+    d->tokens = NULL, d->epoch = epoch, d->shard = shard, d->batch = batch;
+}
+
+// Fills ids, targets and doc with the next micro-batch.
+static void loader_next(Loader *d) {
+    if (!d->tokens) loader_load(d);
+    while (d->batch >= loader_batches(d, d->size)) {
+        d->batch = 0;
+        if (++d->shard == d->count) d->shard = 0, d->epoch++;
+        loader_load(d);
+    }
+    for (size_t r = 0; r < d->R; r++) {
+        size_t at = d->phase + d->T*(d->rows ? d->rows[d->batch*d->R + r] : d->batch*d->R + r);
+        if (d->carry) {
+            size_t lane = d->batch % d->accum*d->R + r, size = (d->size - 1)/(d->R*d->accum);
+            at = lane*size + d->batch/d->accum*d->T;
+        }
+        memcpy(d->ids + r*d->T, d->tokens + at, d->T*sizeof(int));
+        memcpy(d->targets + r*d->T, d->tokens + at + 1, d->T*sizeof(int));
+    }
+    for (size_t i = 0, seen = 0; d->doc && i < d->R*d->T; i++) {
+        if (i % d->T == 0) seen = 0;
+        d->doc[i] = (int)(seen += d->ids[i] == d->eot);
+    }
+    d->fresh = d->batch/d->accum == 0;
+    d->batch++;
+}
+
+// Bytes of text that the targets of the micro-batch stand for, or 0 when that is not known.
+static size_t target_bytes(const Loader *d) {
+    size_t bytes = 0, size;
+    if (!d->tokenizer) return 0;
+    for (size_t i = 0; i < d->R*d->T; i++)
+        if (d->targets[i] != d->eot) tokenizer_piece(d->tokenizer, d->targets[i], &size), bytes += size;
+    return bytes;
+}
+
+// ================================================================================================
+// Checkpoints: a model directory that Hugging Face loads, and the trainer's own files beside it
+// ================================================================================================
+//   config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json
+//   optimizer.safetensors  carry.safetensors (--carry)  state.json  checksums.txt
+// checksums.txt has a line "crc32 size name" for every other file and is written last.
+
+// Adds the tensors of a block of parameters, a layer each, under their names with a prefix.
+static void tensors_add_params(Tensors *t, const Model *m, const Params *p, const char *prefix) {
+    for (size_t k = 0; k < PARAM_COUNT; k++) {
+        const Spec *s = &m->specs[k];
+        int stacked = strstr(s->key, "%zu") != NULL;
+        size_t layers = stacked ? s->shape[0] : 1, size = layers ? s->count/layers : 0;
+        for (size_t l = 0; l < layers && s->count; l++) {
+            const char *name = stacked ? str(s->key, l) : s->key;
+            tensors_add(t, str("%s%s", prefix, name), s->rank - (size_t)stacked,
+                        s->shape + stacked, ((real *const *)p)[k] + l*size);
+        }
+    }
+}
+
+// Sizes from config.json. A key that is missing has the value that Hugging Face's class gives it.
+static void read_config(const char *dir, Dims *d) {
+    char *path = strdup(str("%s/config.json", dir));
+    CHECK(exists(dir), "%s: no such directory", dir);
+    CHECK(exists(path), "%s: no config.json; expected a model directory", dir);
+    Bytes b = read_file(path);
+    Json *c = json_parse(path, b.data, b.size);
+    json_expect(c, JSON_OBJECT, path, "config");
+    CHECK(!json_get(c, "ssm_cfg"), "%s is in the official format; convert it first: "
+          "dev/data/README.md", path);
+    const char *type = json_string(c, path, "model_type", "nothing");
+    CHECK(!strcmp(type, "mamba2") || !strcmp(type, "mamba2_mlp"), "%s: model_type is %s; expected "
+          "mamba2", path, type);
+    const char *act = json_string(c, path, "hidden_act", "silu");
+    CHECK(!strcmp(act, "silu") || !strcmp(act, "swish"), "%s: hidden_act is %s; only silu is "
+          "supported", path, act);
+    CHECK(!json_bool(c, path, "use_bias", 0), "%s: use_bias is true; linear layers with a bias are "
+          "not supported", path);
+    CHECK(json_bool(c, path, "use_conv_bias", 1), "%s: use_conv_bias is false; a convolution without "
+          "a bias is not supported", path);
+    CHECK(json_bool(c, path, "rms_norm", 1), "%s: rms_norm is false; only RMSNorm is supported", path);
+    memset(d, 0, sizeof *d);
+    struct { const char *key; size_t *size, fallback; } keys[] = {
+        { "hidden_size", &d->M, 4096 }, { "num_hidden_layers", &d->L, 64 },
+        { "num_heads", &d->H, 128 }, { "head_dim", &d->P, 64 }, { "state_size", &d->N, 128 },
+        { "n_groups", &d->G, 8 }, { "conv_kernel", &d->W, 4 }, { "vocab_size", &d->V, 32768 },
+        { "d_intermediate", &d->F, 0 },
+    };
+    for (size_t i = 0; i < sizeof keys/sizeof *keys; i++) {
+        const Json *v = json_get(c, keys[i].key);
+        *keys[i].size = v ? json_size(v, path, keys[i].key) : keys[i].fallback;
+        CHECK((*keys[i].size > 0 || i == 8) && *keys[i].size < 1u << 30, "%s: %s is %zu", path,
+              keys[i].key, *keys[i].size);
+    }
+    double expand = json_number(c, path, "expand", 2);
+    d->E = mul(d->H, d->P);
+    CHECK((double)d->E == expand*(double)d->M, "%s: num_heads * head_dim = %zu, expected expand * "
+          "hidden_size = %g", path, d->E, expand*(double)d->M);
+    d->tied = json_bool(c, path, "tie_word_embeddings", 0);
+    d->eps = json_number(c, path, "layer_norm_epsilon", 1e-5);
+    d->dt_lo = 0, d->dt_hi = INFINITY;
+    const Json *limit = json_get(c, "time_step_limit");
+    if (limit && limit->kind == JSON_ARRAY && limit->span > 2) {
+        const Json *low = limit + 1, *high = low + low->span;
+        d->dt_lo = json_double(low, path, "time_step_limit");
+        d->dt_hi = json_double(high, path, "time_step_limit");
+    }
+    d->vocab = d->V;
+    json_free(c), free(b.data), free(path);
+}
+
+static void put_config(Text *t, const Dims *d, int eot) {
+    put(t, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n",
+        d->F ? "Mamba2MLPForCausalLM" : "Mamba2ForCausalLM", d->F ? "mamba2_mlp" : "mamba2");
+    put(t, "  \"vocab_size\": %zu,\n  \"hidden_size\": %zu,\n  \"num_hidden_layers\": %zu,\n"
+        "  \"state_size\": %zu,\n  \"expand\": %zu,\n  \"head_dim\": %zu,\n  \"num_heads\": %zu,\n"
+        "  \"n_groups\": %zu,\n  \"conv_kernel\": %zu,\n  \"chunk_size\": %zu,\n",
+        d->V, d->M, d->L, d->N, d->E/d->M, d->P, d->H, d->G, d->W, d->Q);
+    if (d->F) put(t, "  \"d_intermediate\": %zu,\n", d->F);
+    if (d->dt_lo > 0 || d->dt_hi < INFINITY)                 // a bare Infinity is not JSON
+        put(t, "  \"time_step_limit\": [%#.17g, %#.17g],\n", d->dt_lo,
+            d->dt_hi < INFINITY ? d->dt_hi : 3.4028234663852886e38);
+    put(t, "  \"hidden_act\": \"silu\",\n  \"use_bias\": false,\n  \"use_conv_bias\": true,\n"
+        "  \"rms_norm\": true,\n  \"residual_in_fp32\": true,\n  \"layer_norm_epsilon\": %#.17g,\n"
+        "  \"tie_word_embeddings\": %s,\n", d->eps, d->tied ? "true" : "false");
+    put(t, "  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": %d,\n"
+        "  \"torch_dtype\": \"float%zu\"\n}\n", eot, eot, eot, 8*sizeof(real));
+}
+
+// Reads the tensors of `want` from the files of a model directory; every one must be there.
+static void read_tensors(const char *dir, const char *name, Tensors *want, const char *ignore) {
+    char *path = strdup(str("%s/%s", dir, name));
+    TensorFile f = tensor_file_open(path);
+    JSON_EACH(key, f.header) {
+        const char *found = key->text;
+        if (!strcmp(found, "__metadata__") || (ignore && !strcmp(found, ignore))) continue;
+        if (!strcmp(found, "backbone.embedding.weight")) found = "backbone.embeddings.weight";
+        size_t i = 0;
+        while (i < want->count && strcmp(want->list[i].name, found)) i++;
+        CHECK(i < want->count, "%s: %s has no place in this model; config.json and the file do not "
+              "belong together", path, found);
+        CHECK(want->list[i].data, "%s: %s was read before", path, found);
+        tensor_read(&f, key + 1, &want->list[i]);
+        want->list[i].data = NULL;                           // done
+    }
+    tensor_file_close(&f);
+    free(path);
+}
+
+static void check_all_read(const char *dir, const Tensors *want) {
+    for (size_t i = 0; i < want->count; i++)
+        CHECK(!want->list[i].data, "%s: the tensor %s is missing", dir, want->list[i].name);
+}
+
+// The weights of a model directory, from one file or from those that an index names.
+static void read_weights(const char *dir, Model *m) {
+    Tensors want = { NULL, 0, 0 };
+    const char *ignore = m->d.tied ? "lm_head.weight" : NULL;
+    const char *index = str("%s/model.safetensors.index.json", dir);
+    tensors_add_params(&want, m, &m->w, "");
+    if (!exists(index)) {
+        CHECK(exists(str("%s/model.safetensors", dir)), "%s: no model.safetensors%s", dir,
+              exists(str("%s/pytorch_model.bin", dir)) ? "; pytorch_model.bin is not read: save it "
+              "with save_pretrained(..., safe_serialization=True)" : "");
+        read_tensors(dir, "model.safetensors", &want, ignore);
+    } else {
+        Bytes b = read_file(index);
+        Json *json = json_parse(index, b.data, b.size);
+        const Json *map = json_expect(json_get(json, "weight_map"), JSON_OBJECT, index, "weight_map");
+        const char **done = (const char **)alloc(map->span, sizeof(char *));
+        size_t count = 0;
+        JSON_EACH(key, map) {
+            const char *file = json_expect(key + 1, JSON_STRING, index, key->text)->text;
+            size_t i = 0;
+            while (i < count && strcmp(done[i], file)) i++;
+            if (i < count) continue;
+            CHECK(!strchr(file, '/'), "%s: the file name %s has a slash", index, file);
+            read_tensors(dir, file, &want, ignore);
+            done[count++] = file;
+        }
+        free(done), json_free(json), free(b.data);
+    }
+    check_all_read(dir, &want);
+    free(want.list);
+}
+
+// ---- the trainer's state --------------------------------------------------------------------------
+typedef struct {
+    Int step, adam_t, tokens;           // steps done, updates applied, tokens seen
+    double best;                        // lowest validation loss
+    Recent loss, norm;                  // of --skip-loss and --skip-norm
+} Progress;
+
+static void put_flag(Text *t, size_t i) {
+    const FlagSpec *s = &flag_specs[i];
+    const char *field = (const char *)&flags + s->offset;
+    put(t, "\"%s\":", s->name);
+    if (s->type[0] == 'N') put(t, "%.17g", *(const double *)field);
+    else if (s->type[0] == 'I') put(t, "%" PRId64, *(const Int *)field);
+    else if (s->type[0] == 'S' && s->type[1] == 'w') put(t, *(const Switch *)field ? "true" : "false");
+    else {
+        const char *v = *(const Str *)field;
+        if (v) put_json_string(t, v, strlen(v));
+        else put(t, "null");
+    }
+}
+
+static void put_flags(Text *t) {
+    for (size_t i = 0; i < FLAG_COUNT; i++) put(t, i ? "," : "{"), put_flag(t, i);
+    put(t, "}");
+}
+
+static void put_recent(Text *t, const char *name, const Recent *r) {
+    put(t, "\"%s\":{\"count\":%" PRId64 ",\"values\":[", name, r->count);
+    for (Int i = 0; i < WINDOW && i < r->count; i++) put(t, "%s%.17g", i ? "," : "", r->values[i]);
+    put(t, "]}");
+}
+
+static void put_state(Text *t, const Progress *p, const Loader *d) {
+    put(t, "{\"step\":%" PRId64 ",\"adam_t\":%" PRId64 ",\"tokens\":%" PRId64 ",\n", p->step,
+        p->adam_t, p->tokens);
+    if (isfinite(p->best)) put(t, "\"best\":%.17g,\n", p->best);
+    put(t, "\"data\":{\"epoch\":%" PRIu64 ",\"shard\":%" PRIu64 ",\"batch\":%" PRIu64 "},\n",
+        d->epoch, d->shard, d->batch);
+    put_recent(t, "recent_loss", &p->loss), put(t, ",\n");
+    put_recent(t, "recent_norm", &p->norm), put(t, ",\n\"flags\":");
+    put_flags(t);
+    put(t, "}\n");
+}
+
+static void read_recent(Recent *r, const Json *state, const char *path, const char *name) {
+    const Json *o = json_expect(json_get(state, name), JSON_OBJECT, path, name);
+    const Json *values = json_expect(json_get(o, "values"), JSON_ARRAY, path, name);
+    r->count = (Int)json_size(json_get(o, "count"), path, name);
+    size_t i = 0;
+    JSON_EACH(v, values) if (i < WINDOW) r->values[i++] = json_double(v, path, name);
+}
+
+// ---- writing ----------------------------------------------------------------------------------------
+static void finish_file(Text *sums, const char *name, Output o) {
+    put(sums, "%08x %zu %s\n", o.crc, o.size, name);
+}
+
+static void finish_text(Text *sums, const char *dir, const char *name, Text *t) {
+    finish_file(sums, name, write_file(str("%s/%s", dir, name), t->data, t->size));
+    free(t->data);
+    memset(t, 0, sizeof *t);
+}
+
+static void finish_tensors(Text *sums, const char *dir, const char *name, Tensors *t) {
+    finish_file(sums, name, tensors_write(str("%s/%s", dir, name), t));
+    free(t->list);
+    memset(t, 0, sizeof *t);
+}
+
+static void carry_tensors(Tensors *t, const Model *m) {
+    const Dims *d = &m->d;
+    const size_t past[] = { d->L, d->lanes, d->W - 1, d->S };
+    const size_t states[] = { d->L, d->lanes, d->H, d->N, d->P };
+    tensors_add(t, "past", 4, past, m->a.past);
+    tensors_add(t, "states", 5, states, m->a.carried);
+}
+
+static void remove_directory(const char *dir) {
+    DIR *d = opendir(dir);
+    for (struct dirent *e; d && (e = readdir(d)); ) unlink(str("%s/%s", dir, e->d_name));
+    if (d) closedir(d);
+    rmdir(dir);
+}
+
+static void point_link(const char *link, const char *target) {           // link -> target, at once
+    const char *aside = str("%s.new", link);
+    unlink(aside);
+    CHECK(symlink(target, aside) == 0 && rename(aside, link) == 0, "%s: could not point to %s: %s",
+          link, target, strerror(errno));
+}
+
+// Everything in OUT/step_N; complete on the disk before it takes that name.
+static void save_checkpoint(const Model *m, const Progress *p, const Loader *data) {
+    const Tokenizer *tok = data->tokenizer;
+    const char *out = flags.out;
+    char *dir = strdup(str("%s/step_%08" PRId64, out, p->step));
+    char *aside = strdup(str("%s/.writing", out)), *old = strdup(str("%s/.replaced", out));
+    struct statvfs disk;
+    double need = 1.01*(double)(m->size*3*sizeof(real)) + (1 << 20);
+    CHECK(statvfs(out, &disk) == 0, "%s: %s", out, strerror(errno));
+    double room = (double)disk.f_bavail*(double)disk.f_frsize;
+    CHECK(room > need, "%s: %.1f MB are free on its disk, a checkpoint takes %.1f MB; make room, then "
+          "go on with --resume", out, room/1e6, need/1e6);
+    remove_directory(aside);
+    CHECK(mkdir(aside, 0777) == 0, "%s: %s", aside, strerror(errno));
+    Text t = { NULL, 0, 0 }, sums = { NULL, 0, 0 };
+    Tensors list = { NULL, 0, 0 };
+    put_config(&t, &m->d, data->eot);
+    finish_text(&sums, aside, "config.json", &t);
+    put(&t, "{\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": %d\n}\n",
+        data->eot, data->eot, data->eot);
+    finish_text(&sums, aside, "generation_config.json", &t);
+    if (tok) {
+        put_bytes(&t, tok->file.data, tok->file.size);
+        finish_text(&sums, aside, "tokenizer.json", &t);
+        put_tokenizer_config(&t, tok);
+        finish_text(&sums, aside, "tokenizer_config.json", &t);
+    }
+    tensors_add_params(&list, m, &m->w, "");
+    finish_tensors(&sums, aside, "model.safetensors", &list);
+    tensors_add_params(&list, m, &m->m, "exp_avg.");
+    tensors_add_params(&list, m, &m->v, "exp_avg_sq.");
+    finish_tensors(&sums, aside, "optimizer.safetensors", &list);
+    if (m->d.lanes) {
+        carry_tensors(&list, m);
+        finish_tensors(&sums, aside, "carry.safetensors", &list);
+    }
+    put_state(&t, p, data);
+    finish_text(&sums, aside, "state.json", &t);
+    put(&sums, "%08x %zu checksums\n", (unsigned)crc32(0, (const Bytef *)sums.data, (uInt)sums.size),
+        sums.size);
+    write_file(str("%s/checksums.txt", aside), sums.data, sums.size);
+    free(sums.data);
+    sync_directory(aside);
+    remove_directory(old);
+    CHECK(!exists(dir) || rename(dir, old) == 0, "%s: is in the way: %s", dir, strerror(errno));
+    CHECK(rename(aside, dir) == 0, "%s: could not get its name: %s", dir, strerror(errno));
+    point_link(str("%s/last", out), strrchr(dir, '/') + 1);
+    sync_directory(out);
+    remove_directory(old);
+    free(dir), free(aside), free(old);
+}
+
+// ---- finding and reading ------------------------------------------------------------------------------
+static int compare_steps(const void *a, const void *b) {
+    Int x = *(const Int *)a, y = *(const Int *)b;
+    return x < y ? 1 : x > y ? -1 : 0;
+}
+
+// The steps that OUT has checkpoints of, newest first
+static Int *list_checkpoints(const char *out, size_t *count) {
+    Int *steps = (Int *)alloc(1, sizeof(Int));
+    DIR *d = opendir(out);
+    *count = 0;
+    for (struct dirent *e; d && (e = readdir(d)); ) {
+        char *end;
+        if (strncmp(e->d_name, "step_", 5)) continue;
+        Int step = strtoll(e->d_name + 5, &end, 10);
+        if (end == e->d_name + 5 || *end) continue;
+        steps = (Int *)realloc(steps, (*count + 1)*sizeof(Int));
+        steps[(*count)++] = step;
+    }
+    if (d) closedir(d);
+    qsort(steps, *count, sizeof(Int), compare_steps);
+    return steps;
+}
+
+static const char *link_target(const char *link) {
+    static char target[PATH_MAX];
+    ssize_t n = readlink(link, target, sizeof target - 1);
+    target[n > 0 ? n : 0] = 0;
+    return target;
+}
+
+// The newest --keep checkpoints stay, and the best.
+static void prune_checkpoints(void) {
+    size_t count;
+    Int *steps = list_checkpoints(flags.out, &count);
+    const char *best = link_target(str("%s/best", flags.out));
+    for (size_t i = flags.keep ? (size_t)flags.keep : count; i < count; i++) {
+        char *dir = strdup(str("%s/step_%08" PRId64, flags.out, steps[i]));
+        if (strcmp(strrchr(dir, '/') + 1, best)) remove_directory(dir);
+        free(dir);
+    }
+    free(steps);
+}
+
+// What is wrong with a checkpoint's files, or NULL
+static const char *checkpoint_fault(const char *dir) {
+    const char *path = str("%s/checksums.txt", dir);
+    if (!exists(path)) return "checksums.txt is missing";
+    Bytes sums = read_file(path);
+    const char *fault = "checksums.txt is damaged";
+    for (char *line = sums.data, *end; (end = strchr(line, '\n')); line = end + 1) {
+        unsigned crc;
+        size_t size;
+        char name[64];
+        if (sscanf(line, "%8x %zu %63s", &crc, &size, name) != 3) break;
+        if (!strcmp(name, "checksums")) {
+            size_t before = (size_t)(line - sums.data);
+            int good = size == before && crc == crc32(0, (const Bytef *)sums.data, (uInt)before)
+                       && end + 1 == sums.data + sums.size;
+            fault = good ? NULL : fault;
+            break;
+        }
+        const char *file = str("%s/%s", dir, name);
+        if (!exists(file)) { fault = str("%s is missing", name); break; }
+        Bytes b = map_file(file);
+        uint32_t found = 0;
+        for (size_t at = 0; at < b.size; at += 1 << 30)
+            found = (uint32_t)crc32(found, (const Bytef *)b.data + at,
+                                    (uInt)(b.size - at < 1 << 30 ? b.size - at : 1 << 30));
+        int good = b.size == size && found == crc;
+        if (b.size) munmap(b.data, b.size);
+        if (!good) { fault = str("%s is damaged", name); break; }
+    }
+    free(sums.data);
+    return fault;
+}
+
+// The newest good checkpoint in OUT, with a warning for each damaged one, or NULL when there is none.
+static const char *find_checkpoint(void) {
+    size_t count, bad = 0;
+    Int *steps = list_checkpoints(flags.out, &count);
+    static char dir[PATH_MAX];
+    for (size_t i = 0; i < count; i++) {
+        snprintf(dir, sizeof dir, "%s/step_%08" PRId64, flags.out, steps[i]);
+        const char *fault = checkpoint_fault(dir);
+        if (!fault) { free(steps); return dir; }
+        fprintf(stderr, "warning: %s is not used: %s\n", dir, fault);
+        bad++;
+    }
+    free(steps);
+    CHECK(!bad, "%s: all %zu checkpoints are damaged; nothing to resume from", flags.out, bad);
+    return NULL;
+}
+
+static Json *read_state(const char *dir) {
+    const char *path = str("%s/state.json", dir);
+    Bytes b = read_file(path);
+    Json *state = json_parse(path, b.data, b.size);
+    free(b.data);
+    return state;
+}
+
+// What a resumed run must not change, and what it may.
+static int flag_is_fixed(size_t i) {
+    const char *g = flag_specs[i].group;
+    return i != FLAG_init && i != FLAG_chunk_size
+        && (!strcmp(g, "Data") || !strcmp(g, "Model") || i == FLAG_batch || i == FLAG_seq_len
+            || i == FLAG_accum || i == FLAG_carry);
+}
+
+// Flags that the user did not give are taken from the checkpoint; others are compared with it.
+static void restore_flags(const char *dir, const Json *state) {
+    const Json *old = json_expect(json_get(state, "flags"), JSON_OBJECT, dir, "flags");
+    for (size_t i = 0; i < FLAG_COUNT; i++) {
+        const FlagSpec *s = &flag_specs[i];
+        const Json *v = json_get(old, s->name);
+        if (!strcmp(s->group, "Inspecting") || !strcmp(s->group, "Generating") || i == FLAG_out
+            || i == FLAG_resume || i == FLAG_threads || i == FLAG_init || i == FLAG_dtype) continue;
+        if (!given[i]) {
+            if (v) flag_set(i, v->kind == JSON_TRUE ? "1" : v->kind == JSON_FALSE ? "0"
+                               : strdup(str("%.*s", (int)v->size, v->text)));
+            continue;
+        }
+        Text now_ = { NULL, 0, 0 }, then = { NULL, 0, 0 };
+        put_flag(&now_, i);
+        put(&then, "\"%s\":", s->name);
+        if (!v) put(&then, "null");
+        else if (v->kind == JSON_STRING) put_json_string(&then, v->text, v->size);
+        else put(&then, "%.*s", (int)v->size, v->text);
+        if (strcmp(now_.data, then.data)) {
+            CHECK(!flag_is_fixed(i), "--resume: %s was trained with %s, now it is %s; a run can only "
+                  "be resumed as it was", dir, then.data, now_.data);
+            printf("notice: %s, in the checkpoint %s\n", now_.data, then.data);
+        }
+        free(now_.data), free(then.data);
+    }
+}
+
+static void restore_checkpoint(const char *dir, const Json *state, Model *m, Progress *p, Loader *d) {
+    char *path = strdup(str("%s/state.json", dir));
+    const Json *data = json_expect(json_get(state, "data"), JSON_OBJECT, path, "data");
+    Tensors list = { NULL, 0, 0 };
+    read_weights(dir, m);
+    tensors_add_params(&list, m, &m->m, "exp_avg.");
+    tensors_add_params(&list, m, &m->v, "exp_avg_sq.");
+    read_tensors(dir, "optimizer.safetensors", &list, NULL);
+    check_all_read(dir, &list);
+    free(list.list);
+    if (m->d.lanes) {
+        memset(&list, 0, sizeof list);
+        carry_tensors(&list, m);
+        read_tensors(dir, "carry.safetensors", &list, NULL);
+        check_all_read(dir, &list);
+        free(list.list);
+    }
+    p->step = (Int)json_size(json_get(state, "step"), path, "step");
+    p->adam_t = (Int)json_size(json_get(state, "adam_t"), path, "adam_t");
+    p->tokens = (Int)json_size(json_get(state, "tokens"), path, "tokens");
+    p->best = json_number(state, path, "best", INFINITY);
+    read_recent(&p->loss, state, path, "recent_loss");
+    read_recent(&p->norm, state, path, "recent_norm");
+    loader_seek(d, json_size(json_get(data, "epoch"), path, "epoch"),
+                json_size(json_get(data, "shard"), path, "shard"),
+                json_size(json_get(data, "batch"), path, "batch"));
+    free(path);
+}
+
+// A second trainer in the same directory would destroy the first one's work.
+static void lock_out(void) {
+    CHECK(mkdir(flags.out, 0777) == 0 || errno == EEXIST, "--out %s: could not create: %s", flags.out,
+          strerror(errno));
+    const char *path = str("%s/lock", flags.out);
+    char holder[128] = "another process";
+    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    CHECK(fd >= 0, "%s: %s", path, strerror(errno));
+    if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
+        ssize_t n = read(fd, holder, sizeof holder - 1);
+        if (n > 0) holder[n] = 0;
+        die("--out %s is in use by %s; wait for it or choose another directory", flags.out, holder);
+    }
+    char host[64] = "this host";
+    gethostname(host, sizeof host - 1);
+    const char *text = str("process %d on %s", (int)getpid(), host);
+    CHECK(ftruncate(fd, 0) == 0 && write(fd, text, strlen(text)) > 0, "%s: %s", path, strerror(errno));
+}                                       // the lock goes with the process
+
+// ================================================================================================
+// Generating text
+// ================================================================================================
+// The prompt goes through the parallel form, in pieces; then each token is one step of the
+// recurrence, at the same cost however long the text is. The states are those of --carry.
+
+static void swap_states(Model *m) {
+    Acts *a = &m->a;
+    real *past = a->past, *carried = a->carried;
+    a->past = a->past_new, a->past_new = past;
+    a->carried = a->carried_new, a->carried_new = carried;
+}
+
+// A view of a model's weights with activations for one row of at most T tokens.
+static void sampler_open(Model *s, const Model *m, size_t T) {
+    Dims d = m->d;
+    memset(s, 0, sizeof *s);
+    dims_batch(&d, 1, T);
+    d.lanes = 1, d.kept = 1, d.slab = 1;
+    Spec acts[ACT_COUNT];
+    act_specs(&d, acts);
+    s->d = d, s->w = m->w;
+    s->acts = allocate(&s->a, acts, ACT_COUNT);
+}
+
+// Feeds tokens and returns the logits (V) after the last one.
+static const real *sampler_feed(Model *s, const int *ids, size_t count) {
+    size_t most = s->d.n, M = s->d.M;
+    for (size_t i = 0; i < count; i += s->d.n) {
+        dims_batch(&s->d, 1, count - i < most ? count - i : most);
+        s->ids = ids + i;
+        model_hidden(s);
+        if (!s->recurrent) swap_states(s);
+    }
+    const real *head = s->d.tied ? s->w.embedding : s->w.lm_head;
+    linear_forward(s->a.logits, s->a.hidden + (s->d.n - 1)*M, head, 1, M, s->d.V, 0);
+    dims_batch(&s->d, 1, most);
+    return s->a.logits;
+}
+
+// From here on one token at a time, the states updated in place.
+static void sampler_step_mode(Model *s) {
+    s->recurrent = 1;
+    s->a.carried_new = s->a.carried, s->a.past_new = s->a.past;
+    dims_batch(&s->d, 1, 1);
+}
+
+typedef struct { real logit; int id; } Candidate;
+static int compare_candidates(const void *a, const void *b) {
+    const Candidate *x = (const Candidate *)a, *y = (const Candidate *)b;
+    return x->logit < y->logit ? 1 : x->logit > y->logit ? -1 : x->id - y->id;
+}
+
+// A token from softmax(logits/temperature), cut to the top k and to the fewest of probability p;
+// u is uniform in (0,1).
+static int sample(const real *logits, size_t vocab, double temperature, Int top_k, double top_p,
+                  double u) {
+    Candidate *c = (Candidate *)alloc(vocab, sizeof(Candidate));
+    double *p = (double *)alloc(vocab, sizeof(double)), sum = 0, kept = 0;
+    size_t count = vocab, i;
+    for (i = 0; i < vocab; i++) c[i].logit = logits[i], c[i].id = (int)i;
+    if (temperature == 0) top_k = 1, temperature = 1;
+    if (top_k || top_p < 1) qsort(c, vocab, sizeof *c, compare_candidates);
+    if (top_k && (size_t)top_k < count) count = (size_t)top_k;
+    double top = (double)c[0].logit;
+    for (i = 0; i < count; i++) top = fmax(top, (double)c[i].logit);
+    for (i = 0; i < count; i++) sum += p[i] = exp(((double)c[i].logit - top)/temperature);
+    for (i = 0; i < count && kept < top_p*sum; i++) kept += p[i];
+    count = top_p < 1 && i ? i : count;
+    kept = 0;
+    for (i = 0; i < count; i++) kept += p[i];
+    u *= kept;
+    for (i = 0; i + 1 < count && u >= p[i]; i++) u -= p[i];
+    int id = c[i].id;
+    free(c), free(p);
+    return id;
+}
+
+// Prints up to `count` sampled tokens after the prompt, as they come; end of text ends it.
+static void generate(const Model *m, const Tokenizer *tok, const int *prompt, size_t prompt_size,
+                     Int count, uint64_t stream, FILE *out) {
+    Model s;
+    size_t piece = prompt_size < 256 ? prompt_size : 256, size;
+    sampler_open(&s, m, piece);
+    const real *logits = sampler_feed(&s, prompt, prompt_size);
+    sampler_step_mode(&s);
+    for (Int i = 0; i < count; i++) {
+        double u = random_uniform((uint64_t)flags.seed, stream, (uint64_t)i);
+        int id = sample(logits, m->d.vocab, flags.temperature, flags.top_k, flags.top_p, u);
+        if (id == tok->eot) break;
+        const char *piece_text = tokenizer_piece(tok, id, &size);
+        fwrite(piece_text, 1, size, out);
+        fflush(out);
+        if (ferror(out)) break;
+        if (i + 1 < count) logits = sampler_feed(&s, &id, 1);
+    }
+    free(s.acts);
+}
+
+// The tokens of --prompt; an empty one is a newline (bytes) or end of text.
+static int *prompt_tokens(const Tokenizer *tok, size_t *count) {
+    Text t = { NULL, 0, 0 };
+    if (!strcmp(flags.prompt, "-")) {
+        char piece[4096];
+        for (size_t n; (n = fread(piece, 1, sizeof piece, stdin)); ) put_bytes(&t, piece, n);
+    } else put(&t, "%s", flags.prompt);
+    if (!t.size && tok->byte_level) put(&t, "\n");
+    if (t.size) {
+        int *ids = tokenizer_encode(tok, "--prompt", t.data, t.size, count);
+        free(t.data);
+        return ids;
+    }
+    CHECK(tok->eot >= 0, "--prompt is empty and the tokenizer has no end-of-text token");
+    int *ids = (int *)alloc(1, sizeof(int));
+    ids[0] = tok->eot, *count = 1;
+    return ids;
+}
+
+// ================================================================================================
+// The run: everything that main() does
+// ================================================================================================
+
+// What a device does. train_mamba2.cu fills in the same table for the GPU; the Model's weights,
+// gradients and moments are then copies, brought up to date by fetch().
+typedef struct {
+    const char *name;
+    void (*open)(Model *m);                                  // weights are set: get ready
+    double (*loss)(Model *m, int backward);                  // of one micro-batch
+    double (*norm)(Model *m);                                // of all gradients
+    void (*update)(Model *m, double lr, double grad_scale, Int t);
+    void (*carry)(Model *m, int fresh);                      // 1: states become 0; 0: new ones count
+    void (*fetch)(Model *m);                                 // bring weights and moments here
+    double (*peak)(void);                                    // FLOP/s, or 0 when unknown
+} Backend;
+
+typedef struct { Point *points; size_t count, room; } Curve;
+
+static void curve_add(Curve *c, double x, double y) {
+    if (c->count == c->room) {
+        c->room = 2*c->room + 256;
+        c->points = (Point *)realloc(c->points, c->room*sizeof(Point));
+        CHECK(c->points, "out of memory: %zu points of a curve", c->room);
+    }
+    c->points[c->count].x = x, c->points[c->count++].y = y;
+}
+
+typedef struct {
+    const Backend *device;
+    Model m;
+    Tokenizer *tok;
+    Loader train, val;
+    int has_val;
+    Progress p;
+    double started, peak, last_val;
+    Int first_step, last_val_step;
+    FILE *log;
+    Curve train_curve, val_curve;
+} Run;
+
+static volatile sig_atomic_t stop_signal;
+
+static void on_signal(int sig) {
+    if (stop_signal) _exit(128 + sig);                       // the second one: at once
+    stop_signal = sig;
+}
+
+static const char *human(double x) {
+    return x >= 1e9 ? str("%.1fG", x/1e9) : x >= 1e6 ? str("%.1fM", x/1e6)
+         : x >= 1e4 ? str("%.1fK", x/1e3) : str("%.0f", x);
+}
+
+static const char *duration(double s) {
+    long t = (long)(s + 0.5);
+    return t >= 3600 ? str("%ld:%02ld:%02ld", t/3600, t/60%60, t%60) : str("%ld:%02ld", t/60, t%60);
+}
+
+// ---- setting up -------------------------------------------------------------------------------------
+
+static const Preset *find_preset(const char *name) {
+    Text names = { NULL, 0, 0 };
+    for (size_t i = 0; i < PRESET_COUNT; i++) {
+        if (!strcmp(name, presets[i].name)) return &presets[i];
+        put(&names, " %s", presets[i].name);
+    }
+    die_usage("--model %s: expected one of%s; or give a directory to --init", name, names.data);
+}
+
+static Int or_else(size_t flag, Int value, Int fallback) { return given[flag] ? value : fallback; }
+
+// The sizes of a new model: the preset's, with the flags over them.
+static void new_dims(Dims *d, size_t data_vocab) {
+    const Preset *p = find_preset(flags.model);
+    memset(d, 0, sizeof *d);
+    d->M = (size_t)or_else(FLAG_d_model, flags.d_model, p->d_model);
+    d->L = (size_t)or_else(FLAG_n_layer, flags.n_layer, p->n_layer);
+    d->N = (size_t)or_else(FLAG_d_state, flags.d_state, p->d_state);
+    d->P = (size_t)or_else(FLAG_headdim, flags.headdim, p->headdim);
+    d->E = d->M*(size_t)or_else(FLAG_expand, flags.expand, 2);
+    d->G = (size_t)or_else(FLAG_ngroups, flags.ngroups, 1);
+    d->W = (size_t)or_else(FLAG_d_conv, flags.d_conv, 4);
+    d->F = (size_t)flags.d_intermediate;
+    d->vocab = (size_t)or_else(FLAG_vocab_size, flags.vocab_size,
+                               p->vocab_size ? p->vocab_size : (Int)data_vocab);
+    d->V = round_up(d->vocab, 16);
+    d->tied = (int)or_else(FLAG_tie, flags.tie, 1);
+    d->eps = 1e-5, d->dt_lo = 0, d->dt_hi = INFINITY;
+    if (given[FLAG_dt_limit]) {
+        char *end, *end2;
+        d->dt_lo = strtod(flags.dt_limit, &end);
+        d->dt_hi = *end == ',' ? strtod(end + 1, &end2) : NAN;
+        if (!(d->dt_lo >= 0 && d->dt_lo <= d->dt_hi) || end == flags.dt_limit || *end2)
+            die_usage("--dt-limit %s: expected LO,HI with 0 <= LO <= HI", flags.dt_limit);
+    }
+    if (d->E % d->P) die_usage("--headdim %zu does not divide d_inner = expand*d_model = %zu", d->P,
+                               d->E);
+}
+
+// What follows from a model's sizes, and the checks that new and loaded models share
+static void finish_dims(Dims *d, size_t R, size_t T) {
+    d->H = d->E/d->P;
+    d->S = d->E + 2*d->G*d->N;
+    d->Z = d->S + d->E + d->H;
+    CHECK(d->H % d->G == 0 && d->E % d->G == 0, "ngroups %zu does not divide the %zu heads", d->G,
+          d->H);
+    d->Q = flags.chunk_size ? (size_t)flags.chunk_size : BEST_CHUNK;
+    d->kept = flags.recompute ? 1 : d->L;
+    d->lanes = flags.carry ? R*(size_t)flags.accum : 0;
+    dims_batch(d, R, T);
+    if (d->Q > T) d->Q = T, d->chunks = 1;
+}
+
+// The size of every flag of the shape, so that the log and the checkpoint say it
+static void record_shape(const Dims *d) {
+    flags.d_model = (Int)d->M, flags.n_layer = (Int)d->L, flags.d_state = (Int)d->N;
+    flags.headdim = (Int)d->P, flags.expand = (Int)(d->E/d->M), flags.ngroups = (Int)d->G;
+    flags.d_conv = (Int)d->W, flags.vocab_size = (Int)d->vocab, flags.d_intermediate = (Int)d->F;
+    flags.tie = d->tied;
+    flags.dt_limit = strdup(str("%g,%g", d->dt_lo, d->dt_hi));
+}
+
+static Tokenizer *choose_tokenizer(const char *dir) {        // dir: a model directory, or NULL
+    const char *path = *flags.tokenizer ? flags.tokenizer : dir ? str("%s/tokenizer.json", dir) : "";
+    if (!*path || (!*flags.tokenizer && !exists(path))) return tokenizer_bytes();
+    return tokenizer_load(strdup(path));
+}
+
+static double gib(double bytes) { return bytes/(1 << 30); }
+
+// The memory that a model with these sizes takes, in bytes
+static double memory_plan(const Dims *d, double *parameters, double *activations) {
+    Spec params[PARAM_COUNT], acts[ACT_COUNT];
+    param_specs(d, params);
+    act_specs(d, acts);
+    *parameters = 4.0*(double)total(params, PARAM_COUNT)*sizeof(real);
+    *activations = (double)total(acts, ACT_COUNT)*sizeof(real);
+    return *parameters + *activations;
+}
+
+static size_t largest_batch(Dims d) {
+    double room = (double)sysconf(_SC_AVPHYS_PAGES)*(double)sysconf(_SC_PAGESIZE), p, a;
+    size_t best = 0;
+    for (size_t R = 1; R < 1 << 24; R *= 2) {
+        dims_batch(&d, R, d.T);
+        d.lanes = d.lanes ? R*(size_t)flags.accum : 0;
+        if (memory_plan(&d, &p, &a) > 0.95*room) break;
+        best = R;
+    }
+    return best;
+}
+
+static void print_summary(const Run *run) {
+    const Dims *d = &run->m.d;
+    const Loader *t = &run->train;
+    Spec specs[PARAM_COUNT];
+    double parameters, activations;
+    size_t tokens = 0, val = 0;
+    param_specs(d, specs);
+    memory_plan(d, &parameters, &activations);
+    for (size_t i = 0; i < t->count; i++) tokens += t->shards[i].tokens;
+    for (size_t i = 0; run->has_val && i < run->val.count; i++) val += run->val.shards[i].tokens;
+    double seen = (double)flags.steps*(double)flags.accum*(double)d->n;
+    printf("model    %s: %s parameters, %zu layers, d_model %zu, %zu heads of %zu, d_state %zu, "
+           "%zu groups, vocabulary %zu (%zu rows)%s\n",
+           *flags.init ? flags.init : flags.model, human((double)parameter_count(specs)), d->L, d->M,
+           d->H, d->P, d->N, d->G, d->vocab, d->V, d->F ? str(", MLP %zu", d->F) : "");
+    printf("memory   %.2f GiB: weights, gradients and moments %.2f, activations %.2f%s\n",
+           gib(parameters + activations), gib(parameters), gib(activations),
+           flags.recompute ? " (recomputed)" : "");
+    printf("data     %s: %s tokens to train on, %s to validate on\n", flags.data,
+           human((double)tokens), run->has_val ? human((double)val) : "none");
+    printf("training %" PRId64 " steps of %zu x %zu x %" PRId64 " tokens (%.2f epochs), %s, lr %g %s, "
+           "seed %" PRId64 "\n", flags.steps, d->R, d->T, flags.accum,
+           seen/(double)(tokens ? tokens : 1), flags.dtype, flags.lr, flags.schedule, flags.seed);
+    printf("device   %s, chunks of %zu tokens, output in %s/\n", run->device->name, d->Q, flags.out);
+}
+
+// Opens data and model; `resume` is the checkpoint to go on from, or NULL.
+static void run_open(Run *run, const char *resume) {
+    const char *dir = resume ? resume : *flags.init ? flags.init : NULL;
+    Json *state = resume ? read_state(resume) : NULL;
+    if (state) restore_flags(resume, state);
+    run->tok = choose_tokenizer(dir);
+    loader_open(&run->train, flags.data, "--data", run->tok);
+    if (*flags.val_data) loader_open(&run->val, flags.val_data, "--val-data", run->tok);
+    else if (run->train.single_text && flags.val_frac > 0)
+        loader_split(&run->train, &run->val, flags.val_frac);
+    run->has_val = run->val.count > 0;
+    Dims d;
+    if (dir) read_config(dir, &d);
+    else new_dims(&d, *flags.tokenizer || !run->train.version ? (size_t)run->tok->vocab
+                      : run->train.version == 1 ? 50257 : 128256);
+    finish_dims(&d, (size_t)flags.batch, (size_t)flags.seq_len);
+    record_shape(&d);
+    Loader *t = &run->train, *v = &run->val;
+    t->shuffle = (int)flags.shuffle, t->packed = v->packed = (int)flags.packed;
+    t->carry = (int)flags.carry, t->seed = (uint64_t)flags.seed, t->accum = (size_t)flags.accum;
+    loader_start(t, d.V, d.R, d.T);
+    if (dir && t->tokenizer && (size_t)run->tok->vocab < d.V) d.vocab = (size_t)run->tok->vocab;
+    if (run->has_val) loader_start(v, d.V, d.R, d.T);
+    run->p.best = INFINITY;
+    run->m.d = d;
+    if (flags.dry_run) return;
+    model_allocate(&run->m, &d, 1);
+    if (state) restore_checkpoint(resume, state, &run->m, &run->p, t);
+    else if (dir) read_weights(dir, &run->m);
+    else model_init(&run->m, (uint64_t)flags.seed);
+    json_free(state);
+    run->device->open(&run->m);
+}
+
+// ---- measuring ----------------------------------------------------------------------------------------
+
+static void set_batch(Model *m, const Loader *d, size_t micro_batches) {
+    m->ids = d->ids, m->targets = d->targets, m->doc = d->doc;
+    m->scale = (real)(1.0/(double)(m->d.n*micro_batches));
+}
+
+// Mean loss per token over a loader's micro-batches (at most `most`, 0: all), and bits per byte.
+static double evaluate(Run *run, Loader *d, Int most, double *bits_per_byte) {
+    Model *m = &run->m;
+    size_t lanes = m->d.lanes, bytes = 0, count = 0, all = 0;
+    double sum = 0;
+    loader_seek(d, 0, 0, 0);
+    for (size_t i = 0; i < d->count; i++) all += loader_batches(d, d->shards[i].tokens);
+    m->d.lanes = 0;
+    for (; count < all && (!most || (Int)count < most); count++) {
+        loader_next(d);
+        set_batch(m, d, 1);
+        sum += run->device->loss(m, 0);
+        bytes += target_bytes(d);
+    }
+    m->d.lanes = lanes;
+    double mean = sum/(double)count;
+    *bits_per_byte = bytes ? mean*(double)(count*m->d.n)/(double)bytes/log(2) : NAN;
+    return mean;
+}
+
+// ---- dump and compare: every tensor of one micro-batch ---------------------------------------------------
+
+typedef struct { Model *m; Tensors list; } Dump;
+
+static void dump_tensor(Dump *dump, const char *name, size_t rank, const size_t *shape,
+                        const real *data) {
+    size_t count = 1;
+    for (size_t i = 0; i < rank; i++) count *= shape[i];
+    if (!count) return;
+    real *copy = alloc_reals(count);
+    memcpy(copy, data, count*sizeof(real));
+    tensors_add(&dump->list, name, rank, shape, copy);
+}
+
+// Called after each part of a layer: 0 its forward, 1 and 2 the two halves of its backward. A
+// row of ACTS belongs to the part after which it holds what its name says.
+static void dump_layer(void *watcher, size_t l, int part) {
+    Dump *dump = (Dump *)watcher;
+    Model *m = dump->m;
+    const Dims *d = &m->d;
+    Spec specs[ACT_COUNT];
+    const size_t n_M[] = { d->n, d->M };
+    act_specs(d, specs);
+    if (part == 0) dump_tensor(dump, str("act.layers.%zu.resid", l), 2, n_M, layer_resid(m, l, 0));
+    if (l == d->L) {
+        if (part == 1) dump_tensor(dump, "grad.act.hidden", 2, n_M, m->a.g_u);
+        else dump_tensor(dump, "grad.act.resid", 2, n_M, m->a.g_resid);
+        return;
+    }
+    for (size_t i = 0; i < ACT_COUNT; i++) {
+        const Spec *s = &specs[i];
+        real *data = ((real **)&m->a)[i];
+        int kept = s->shape_text[1] == 'K', late = !strcmp(s->name, "g_zxBCdt")
+                 || !strcmp(s->name, "g_u") || !strcmp(s->name, "g_resid");
+        if (part == 0 && kept)
+            dump_tensor(dump, str("act.layers.%zu.%s", l, s->name), s->rank - 1, s->shape + 1,
+                        data + (d->kept > 1 ? l : 0)*(s->count/s->shape[0]));
+        if (part > 0 && !strncmp(s->name, "g_", 2) && strcmp(s->name, "g_states")
+            && late == (part == 2))
+            dump_tensor(dump, str("grad.act.layers.%zu.%s", l, s->name + 2), s->rank, s->shape, data);
+    }
+}
+
+static void dump_run(Run *run, Dump *dump) {
+    Model *m = &run->m;
+    const Dims *d = &m->d;
+    const size_t n[] = { d->n, 1 }, n_M[] = { d->n, d->M }, n_V[] = { d->n, d->V }, one[] = { 1 };
+    memset(dump, 0, sizeof *dump);
+    dump->m = m;
+    loader_next(&run->train);
+    set_batch(m, &run->train, 1);
+    m->all_logits = alloc_reals(mul(d->n, d->V));
+    m->watch = dump_layer, m->watcher = dump;
+    model_zero_grad(m);
+    real loss = (real)run->device->loss(m, 1);
+    run->device->fetch(m);
+    dump_tensor(dump, "act.hidden", 2, n_M, m->a.hidden);
+    dump_tensor(dump, "logits", 2, n_V, m->all_logits);
+    dump_tensor(dump, "losses", 1, n, m->a.losses);
+    dump_tensor(dump, "loss", 1, one, &loss);
+    tensors_add_params(&dump->list, m, &m->g, "grad.");
+    tensors_add_params(&dump->list, m, &m->w, "");
+    free(m->all_logits);
+    m->all_logits = NULL;
+}
+
+typedef struct { double most, relative; } Difference;
+
+// The largest difference, and the root mean square of the differences over that of ref
+static Difference difference(const double *x, const double *ref, size_t count) {
+    double square = 0, size = 0, most = 0;
+    for (size_t i = 0; i < count; i++) {
+        double e = x[i] - ref[i];
+        if (!(fabs(e) <= most)) most = fabs(e);              // a NaN stays
+        square += e*e, size += ref[i]*ref[i];
+    }
+    Difference d = { most, square == 0 ? 0 : sqrt(square/size) };
+    return d;
+}
+
+// The values of tensor x, ours (no file) or those of its namesake in a dump
+static double *values_of(const Tensor *x, const TensorFile *dump) {
+    double *v = (double *)alloc(x->count, sizeof(double));
+    if (!dump) {
+        for (size_t i = 0; i < x->count; i++) v[i] = (double)x->data[i];
+        return v;
+    }
+    const Json *entry = json_get(dump->header, x->name);
+    CHECK(entry, "%s: no tensor %s; the dumps are of different models or programs", dump->path,
+          x->name);
+    tensor_doubles(dump, entry, x, v);
+    return v;
+}
+
+// Prints a line for each tensor, in network order; returns how many differ by more than rounding
+// explains: more than twice BASE's error and a little, or without BASE a thousand times epsilon.
+static int compare_dump(Run *run) {
+    Dump dump;
+    int bad = 0;
+    char *ref_path = strdup(flags.compare), *base_path = strchr(ref_path, ',');
+    if (base_path) *base_path++ = 0;
+    TensorFile ref = tensor_file_open(ref_path), base = ref;
+    if (base_path) base = tensor_file_open(base_path);
+    dump_run(run, &dump);
+    const char *dtype = json_string(json_get(ref.header, "loss"), ref_path, "dtype", "F32");
+    double epsilon = sizeof(real) == 4 || !strcmp(dtype, "F32") ? FLT_EPSILON : DBL_EPSILON;
+    printf("%-44s %-16s %10s %10s%s\n", "tensor", "shape", "largest", "relative",
+           base_path ? "       base  ratio" : "");
+    for (size_t i = 0; i < dump.list.count; i++) {
+        const Tensor *x = &dump.list.list[i];
+        Text shape = { NULL, 0, 0 };
+        double *ours = values_of(x, NULL), *theirs = values_of(x, &ref), bound = 1000*epsilon;
+        Difference d = difference(ours, theirs, x->count), b = { 0, 0 };
+        if (base_path) {
+            double *third = values_of(x, &base);
+            b = difference(third, theirs, x->count);
+            bound = 2*b.relative + 16*epsilon;
+            free(third);
+        }
+        for (size_t k = 0; k < x->rank; k++) put(&shape, "%s%zu", k ? "," : "", x->shape[k]);
+        int good = d.relative <= bound;
+        printf("%-44s %-16s %10.2e %10.2e", x->name, shape.data, d.most, d.relative);
+        if (base_path) printf(" %10.2e %6.2f", b.relative, b.relative > 0 ? d.relative/b.relative : 0);
+        printf("%s\n", good ? "" : bad ? "  FAIL" : "  FAIL, first divergence");
+        bad += !good;
+        free(shape.data), free(ours), free(theirs);
+    }
+    printf("%zu tensors compared, %d differ\n", dump.list.count, bad);
+    return bad;
+}
+
+// ---- log and plot -------------------------------------------------------------------------------------------
+
+static void put_log(Run *run, const Text *line) {
+    fwrite(line->data, 1, line->size, run->log);
+    CHECK(fflush(run->log) == 0, "%s/log.jsonl: %s", flags.out, strerror(errno));
+}
+
+// A new log begins with all flags. A resumed one loses the lines after the step that it goes on from,
+// and gives the curves their points back.
+static void log_open(Run *run, int resumed) {
+    char *path = strdup(str("%s/log.jsonl", flags.out));
+    Text kept = { NULL, 0, 0 };
+    if (resumed && exists(path)) {
+        Bytes b = read_file(path);
+        for (char *line = b.data, *end; (end = strchr(line, '\n')); line = end + 1) {
+            Json *j = json_parse(path, line, (size_t)(end - line));
+            double step = json_number(j, path, "step", 0);
+            if (step <= (double)run->p.step) put_bytes(&kept, line, (size_t)(end - line) + 1);
+            if (step <= (double)run->p.step && json_get(j, "loss"))
+                curve_add(&run->train_curve, step, json_number(j, path, "loss", 0));
+            if (step <= (double)run->p.step && json_get(j, "val_loss"))
+                curve_add(&run->val_curve, step, json_number(j, path, "val_loss", 0));
+            json_free(j);
+        }
+        free(b.data);
+    } else {
+        put(&kept, "{\"config\":");
+        put_flags(&kept);
+        put(&kept, "}\n");
+    }
+    run->log = fopen(path, "w");
+    CHECK(run->log, "%s: %s", path, strerror(errno));
+    put_log(run, &kept);
+    free(kept.data), free(path);
+}
+
+static void draw_plot(const Run *run) {
+    Series series[] = {
+        { "train", 0x1f77b4, run->train_curve.points, run->train_curve.count },
+        { "val", 0xd62728, run->val_curve.points, run->val_curve.count },
+    };
+    plot_write(str("%s/loss.png", flags.out), str("%s on %s", flags.model, flags.data), "step",
+               "loss (nats per token)", series, run->has_val ? 2 : 1);
+}
+
+// ---- the steps ------------------------------------------------------------------------------------------------
+
+// One optimizer step: K micro-batches, then an update unless the step is an outlier.
+static void train_step(Run *run) {
+    Model *m = &run->m;
+    const Backend *device = run->device;
+    Progress *p = &run->p;
+    double start = now(), loss = 0;
+    model_zero_grad(m);
+    for (Int k = 0; k < flags.accum; k++) {
+        loader_next(&run->train);
+        set_batch(m, &run->train, (size_t)flags.accum);
+        m->lane = (size_t)k*m->d.R;
+        if (flags.carry && k == 0 && run->train.fresh) device->carry(m, 1);
+        loss += device->loss(m, 1)/(double)flags.accum;
+        m->add = 1;
+    }
+    if (flags.carry) device->carry(m, 0);
+    double norm = device->norm(m), lr = learning_rate(++p->step);
+    check_finite(m, loss, norm, p->step);
+    int skipped = outlier(&p->loss, loss, flags.skip_loss) || outlier(&p->norm, norm, flags.skip_norm);
+    remember(&p->loss, loss), remember(&p->norm, norm);
+    if (!skipped)
+        device->update(m, lr, flags.clip > 0 ? fmin(1, flags.clip/(norm + 1e-6)) : 1, ++p->adam_t);
+    lap("adamw");
+    double seconds = now() - start, tokens = (double)(m->d.n*(size_t)flags.accum);
+    p->tokens += (Int)tokens;
+    double use = 6*(double)parameter_count(m->specs)*tokens/seconds/run->peak;
+    curve_add(&run->train_curve, (double)p->step, loss);
+
+    Text line = { NULL, 0, 0 };
+    int digits = sizeof(real) == 4 ? 9 : 17;
+    put(&line, "{\"step\":%" PRId64 ",\"loss\":%.*g,\"grad_norm\":%.*g,\"lr\":%.17g,\"tokens\":%"
+        PRId64 ",\"tokens_per_s\":%.6g,\"mfu\":", p->step, digits, loss, digits, norm, lr, p->tokens,
+        tokens/seconds);
+    if (run->peak > 0) put(&line, "%.4g", use);
+    else put(&line, "null");
+    put(&line, ",\"time\":%.3f%s}\n", now() - run->started, skipped ? ",\"skipped\":true" : "");
+    put_log(run, &line);
+    free(line.data);
+    if (p->step % flags.log_every && p->step != flags.steps && p->step != 1) return;
+    double left = (now() - run->started)/(double)(p->step - run->first_step)
+                * (double)(flags.steps - p->step);
+    printf("step %*" PRId64 "/%" PRId64 " %5.1f%% | loss %.4f | norm %6.3f | lr %.2e | %s tok/s | ",
+           (int)strlen(str("%" PRId64, flags.steps)), p->step, flags.steps,
+           100.0*(double)p->step/(double)flags.steps, loss, norm, lr, human(tokens/seconds));
+    if (run->peak > 0) printf("%.0f%% of peak | ", 100*use);
+    printf("ETA %s%s\n", duration(left), skipped ? " | skipped" : "");
+}
+
+static int due(Int step, Int every) { return every && (step % every == 0 || step == flags.steps); }
+
+static void validate(Run *run) {
+    double bits, loss = evaluate(run, &run->val, flags.eval_batches, &bits);
+    Text line = { NULL, 0, 0 };
+    put(&line, "{\"step\":%" PRId64 ",\"val_loss\":%.*g,\"val_bpb\":", run->p.step,
+        sizeof(real) == 4 ? 9 : 17, loss);
+    if (isfinite(bits)) put(&line, "%.9g}\n", bits);
+    else put(&line, "null}\n");
+    put_log(run, &line);
+    free(line.data);
+    curve_add(&run->val_curve, (double)run->p.step, loss);
+    printf("step %" PRId64 " | validation loss %.4f nats per token%s\n", run->p.step, loss,
+           isfinite(bits) ? str(", %.4f bits per byte", bits) : "");
+    if (flags.plot) draw_plot(run);
+    run->last_val = loss, run->last_val_step = run->p.step;
+}
+
+static void print_sample(Run *run) {
+    int first = run->tok->byte_level ? '\n' : run->tok->eot;
+    if (!run->train.tokenizer || first < 0) return;
+    run->device->fetch(&run->m);
+    printf("---- sample at step %" PRId64 "\n", run->p.step);
+    generate(&run->m, run->tok, &first, 1, 300, RANDOM_SAMPLE + (uint64_t)run->p.step, stdout);
+    printf("\n----\n");
+}
+
+static void save(Run *run) {
+    int better = run->last_val_step == run->p.step && run->last_val < run->p.best;
+    if (better) run->p.best = run->last_val;
+    run->device->fetch(&run->m);
+    save_checkpoint(&run->m, &run->p, &run->train);
+    if (better) point_link(str("%s/best", flags.out), str("step_%08" PRId64, run->p.step));
+    prune_checkpoints();
+    printf("step %" PRId64 " | saved %s/step_%08" PRId64 "%s\n", run->p.step, flags.out, run->p.step,
+           better ? " (best)" : "");
+}
+
+static void print_profile(void) {
+    double sum = 0;
+    for (size_t i = 0; laps[i].name; i++) sum += laps[i].seconds;
+    printf("%-12s %10s %7s\n", "part", "ms a step", "share");
+    for (size_t i = 0; laps[i].name; i++)
+        printf("%-12s %10.2f %6.1f%%\n", laps[i].name, 1e3*laps[i].seconds/(double)flags.profile,
+               100*laps[i].seconds/sum);
+}
+
+static int run_training(Run *run) {
+    signal(SIGINT, on_signal);
+    signal(SIGTERM, on_signal);
+    run->started = now(), run->first_step = run->p.step;
+    while (run->p.step < flags.steps && !stop_signal) {
+        train_step(run);
+        if (flags.profile && run->p.step - run->first_step == flags.profile) break;
+        if (run->has_val && due(run->p.step, flags.eval_every)) validate(run);
+        if (due(run->p.step, flags.sample_every)) print_sample(run);
+        if (due(run->p.step, flags.save_every) || (stop_signal && flags.save_every)) save(run);
+    }
+    if (flags.profile) print_profile();
+    if (flags.plot && !flags.profile) draw_plot(run);
+    if (!stop_signal) return 0;
+    printf("stopped by signal %d after step %" PRId64 "; --resume goes on\n", (int)stop_signal,
+           run->p.step);
+    return 128 + stop_signal;
+}
+
+// ---- the other verbs --------------------------------------------------------------------------------------------
+
+// --generate: with the weights of --init, or of the newest checkpoint
+static int run_generate(Run *run) {
+    const char *dir = *flags.init ? flags.init : strdup(str("%s/last", flags.out));
+    Dims d;
+    size_t count;
+    CHECK(*flags.init || exists(dir), "%s: no checkpoint to generate from; train first, or give a "
+          "model directory to --init", flags.out);
+    read_config(dir, &d);
+    run->tok = choose_tokenizer(dir);
+    int known = *flags.tokenizer || exists(str("%s/tokenizer.json", dir));
+    CHECK(known || d.V <= 272, "%s has %zu tokens and no tokenizer.json; give one with "
+          "--tokenizer", dir, d.V);
+    if ((size_t)run->tok->vocab < d.V) d.vocab = (size_t)run->tok->vocab;
+    finish_dims(&d, 1, 1);
+    model_allocate(&run->m, &d, 0);
+    read_weights(dir, &run->m);
+    int *prompt = prompt_tokens(run->tok, &count);
+    for (size_t i = 0; i < count; i++)
+        CHECK((size_t)prompt[i] < d.V, "--prompt: token %d is outside the vocabulary of %zu", prompt[i],
+              d.V);
+    generate(&run->m, run->tok, prompt, count, flags.generate, RANDOM_SAMPLE, stdout);
+    CHECK(!ferror(stdout), "standard output: %s", strerror(errno));
+    return 0;
+}
+
+// --eval FILE: the loss over a text or a shard
+static int run_eval(Run *run) {
+    double bits, loss;
+    flags.shuffle = flags.carry = 0;
+    flags.data = flags.eval, flags.val_data = "", flags.val_frac = 0;
+    run_open(run, *flags.init ? NULL : find_checkpoint());
+    loss = evaluate(run, &run->train, 0, &bits);
+    printf("loss %.9g nats per token, ", loss);
+    printf(isfinite(bits) ? "%.9g bits per byte\n" : "bits per byte unknown\n", bits);
+    return 0;
+}
+
+// --dry-run, --dump and --compare: nothing in --out is touched
+static int run_inspect(Run *run) {
+    run_open(run, NULL);
+    if (flags.dry_run) {
+        print_summary(run);
+        printf("largest --batch that fits: %zu\n", largest_batch(run->m.d));
+        return 0;
+    }
+    if (flags.compare) {
+        if (!*flags.compare) die_usage("--compare needs a dump to compare with: REF or REF,BASE");
+        return compare_dump(run) ? 1 : 0;
+    }
+    Dump dump;
+    dump_run(run, &dump);
+    tensors_write(flags.dump, &dump.list);
+    printf("%zu tensors written to %s\n", dump.list.count, flags.dump);
+    return 0;
+}
+
+static int run_main(int argc, char **argv, const Backend *device) {
+    static Run run;
+    program = argv[0], run.device = device;
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    signal(SIGPIPE, SIG_IGN);
+    flags_parse(argc, argv);
+    if (flags.help) return print_help(), 0;
+    if (flags.version) return printf("train_mamba2 %s, %s\n", VERSION, sizeof(real) == 4 ? "float32"
+                                     : "float64"), 0;
+    flags_check();
+    if (!strcmp(flags.dtype, "bf16")) {
+        CHECK(bf16_available(), "--dtype bf16: this processor or this build has no bf16 instruction "
+              "(AVX512_BF16); use --dtype f32");
+        matmul_bf16 = 1;
+    }
+    if (given[FLAG_threads]) omp_set_num_threads((int)flags.threads);
+    if (given[FLAG_generate]) return run_generate(&run);
+    if (*flags.eval) return run_eval(&run);
+    if (flags.dump[0] || flags.compare || flags.dry_run) return run_inspect(&run);
+
+    lock_out();
+    const char *resume = find_checkpoint();
+    CHECK(!resume || flags.resume, "--out %s holds checkpoints; go on with --resume, or choose "
+          "another directory", flags.out);
+    run_open(&run, resume);
+    print_summary(&run);
+    run.peak = device->peak();
+    if (run.p.step >= flags.steps) return printf("already at step %" PRId64 "\n", run.p.step), 0;
+    log_open(&run, resume != NULL);
+    return run_training(&run);
+}
+
+static void cpu_open(Model *m) { (void)m; }
+static void cpu_fetch(Model *m) { (void)m; }
+static double cpu_norm(Model *m) { return gradient_norm(m); }
+
+static void cpu_carry(Model *m, int fresh) {
+    size_t past = m->d.L*m->d.lanes*(m->d.W - 1)*m->d.S, states = m->d.L*m->d.lanes*m->d.E*m->d.N;
+    if (!fresh) swap_states(m);
+    else memset(m->a.past, 0, past*sizeof(real)), memset(m->a.carried, 0, states*sizeof(real));
+}
+
+static const Backend cpu_backend = {
+    "CPU", cpu_open, model_loss, cpu_norm, adamw, cpu_carry, cpu_fetch, fma_peak
+};
+
+#ifndef NO_MAIN
+int main(int argc, char **argv) { return run_main(argc, argv, &cpu_backend); }
+#endif

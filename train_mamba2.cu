@@ -1,0 +1,1742 @@
+// Mamba-2 on one NVIDIA GPU: the program of train_mamba2.c, with every op as CUDA kernels.
+//
+// Read train_mamba2.c first. It is included here twice, as namespace cpu (float) and as namespace
+// cpu64 (double, the judge), and gives everything that is not arithmetic on the device: flags, tokens,
+// checkpoints, log, main. What this file adds is, op by op in the same order, the kernels and a
+// launcher with the C function's name and arguments. The letters of the sizes are those of the C file.
+//
+//   floatX     type of activations and of the operands of matrix products: bf16, or float to compare
+//   float      everything that adds up: accumulators, residual stream, dt and its cumulative sums,
+//              decays, running states, gradients of parameters, master weights, moments
+//   no atomics every sum has one fixed order, so two runs give the same bits
+//   offsets    are size_t: a batch may have more than 2^31 elements
+//
+// The same source runs on a CPU through dev/emulate, where each thread is a fiber.
+#include <cuda_runtime.h>
+#include <cuda_bf16.h>
+#include <cublasLt.h>
+#include <ctype.h>
+#include <errno.h>
+#include <float.h>
+#include <inttypes.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <type_traits>
+#define REAL float
+namespace cpu {
+#include "train_mamba2.c"
+}
+#undef REAL
+#define REAL double
+namespace cpu64 {
+#include "train_mamba2.c"
+}
+#undef REAL
+
+using cpu::die;
+typedef __nv_bfloat16 bf16;
+
+// The sizes, as in the C file. A type of its own: a call with a cpu::Dims would find the CPU's ops too.
+struct Dims {
+    size_t R, T, n, M, E, H, P, N, G, Q, W, S, Z, F, L, V;
+    float dt_lo, dt_hi;
+    size_t pitch;                  // of a row of zxBCdt: Z rounded up, so that every row is aligned
+    size_t chunks;                 // of a row of the batch
+
+    explicit Dims(const cpu::Dims &d)
+        : R(d.R), T(d.T), n(d.n), M(d.M), E(d.E), H(d.H), P(d.P), N(d.N), G(d.G), Q(d.Q), W(d.W),
+          S(d.S), Z(d.Z), F(d.F), L(d.L), V(d.V), dt_lo(d.dt_lo), dt_hi(d.dt_hi),
+          pitch((d.Z + 7) / 8 * 8), chunks((d.T + d.Q - 1) / d.Q) {}
+};
+
+// == errors, memory ===============================================================================
+
+#define CUDA(call) cuda_check(call, #call, __FILE__, __LINE__)
+#define LAUNCHED() CUDA(cudaGetLastError())
+static void cuda_check(cudaError_t error, const char *call, const char *file, int line) {
+    CHECK(!error, "%s:%d: %s: %s", file, line, call, cudaGetErrorString(error));
+}
+
+static void cublas_check(cublasStatus_t status, const char *call, const char *file, int line) {
+    CHECK(!status, "%s:%d: %s: cuBLAS status %d", file, line, call, (int)status);
+}
+#define CUBLAS(call) cublas_check(call, #call, __FILE__, __LINE__)
+
+static cudaStream_t stream;        // every kernel and copy runs in its order
+
+template<typename X>
+static X *device_alloc(size_t count) {
+    void *p;
+    CUDA(cudaMalloc(&p, (count ? count : 1) * sizeof(X)));
+    return (X *)p;
+}
+
+// Scratch memory for the time of one op: the next op takes the same. It grows when it must.
+static float *workspace(size_t floats) {
+    static float *memory;
+    static size_t room;
+    if (floats > room) {
+        CUDA(cudaStreamSynchronize(stream));
+        CUDA(cudaFree(memory));
+        memory = device_alloc<float>(floats);
+        room = floats;
+    }
+    return memory;
+}
+
+__host__ __device__ inline size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
+__host__ __device__ inline unsigned pieces(size_t count, size_t each) {
+    return (unsigned)((count + each - 1) / each);
+}
+
+// == device functions =============================================================================
+
+#define UNROLL _Pragma("unroll")
+
+// The PTX that the CUDA language has no name for; dev/emulate has its own versions.
+#ifdef __CUDACC__
+__device__ inline unsigned shared_address(const void *p) {
+    return (unsigned)__cvta_generic_to_shared(p);
+}
+__device__ inline void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ inline void ldmatrix(uint32_t r[4], const bf16 *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)) : "memory");
+}
+__device__ inline void ldmatrix_trans(uint32_t r[4], const bf16 *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)) : "memory");
+}
+__device__ inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#else
+#include "mma.h"
+inline void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    emu::mma_m16n8k16_bf16(d, a, b);
+}
+inline void ldmatrix(uint32_t r[4], const bf16 *row) { emu::ldmatrix(4, false, r, row); }
+inline void ldmatrix_trans(uint32_t r[4], const bf16 *row) { emu::ldmatrix(4, true, r, row); }
+inline float exp2_fast(float x) { return exp2f(x); }
+#endif
+
+__device__ inline float quad_sum(float v) {        // over the 4 lanes that share a row of a fragment
+    v += __shfl_xor_sync(~0u, v, 1);
+    return v + __shfl_xor_sync(~0u, v, 2);
+}
+__device__ inline float warp_sum(float v) {
+    for (int lanes = 16; lanes; lanes /= 2) {
+        v += __shfl_xor_sync(~0u, v, lanes);
+    }
+    return v;
+}
+// Inclusive sum over the lanes up to this one.
+__device__ inline float warp_scan(float v) {
+    int lane = threadIdx.x % 32;
+    for (int step = 1; step < 32; step *= 2) {
+        float other = __shfl_up_sync(~0u, v, step);
+        v += lane >= step ? other : 0.0f;
+    }
+    return v;
+}
+__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// ---- rows: 8 neighbouring columns a thread -------------------------------------------------------
+// Kernels that go over rows give each thread K vectors of 8 columns, a block's width apart; what lies
+// past the last column reads as zeros. K is a template argument, so that all stays in registers.
+struct Vec {
+    float v[8];
+};
+
+template<typename X>
+__device__ inline Vec load(const X *from, size_t column, size_t columns) {
+    Vec x = {};
+    const X *p = from + column;
+    if (column + 8 <= columns && (uintptr_t)p % 16 == 0) {         // as 16-byte pieces
+        constexpr int PIECE = 16 / sizeof(X);
+        UNROLL for (int i = 0; i < 8; i += PIECE) {
+            uint4 piece = *(const uint4 *)(p + i);
+            X element[PIECE];
+            memcpy(element, &piece, 16);
+            UNROLL for (int j = 0; j < PIECE; j++) {
+                x.v[i + j] = (float)element[j];
+            }
+        }
+    } else {
+        UNROLL for (int i = 0; i < 8; i++) {
+            if (column + i < columns) x.v[i] = (float)p[i];
+        }
+    }
+    return x;
+}
+
+template<typename X>
+__device__ inline void store(X *to, size_t column, size_t columns, const Vec &x) {
+    X *p = to + column;
+    if (column + 8 <= columns && (uintptr_t)p % 16 == 0) {
+        constexpr int PIECE = 16 / sizeof(X);
+        UNROLL for (int i = 0; i < 8; i += PIECE) {
+            X element[PIECE];
+            UNROLL for (int j = 0; j < PIECE; j++) {
+                element[j] = (X)x.v[i + j];
+            }
+            uint4 piece;
+            memcpy(&piece, element, 16);
+            *(uint4 *)(p + i) = piece;
+        }
+    } else {
+        UNROLL for (int i = 0; i < 8; i++) {
+            if (column + i < columns) p[i] = (X)x.v[i];
+        }
+    }
+}
+
+// The sum over a block; part must not be in use by the sum before: callers alternate between two.
+__device__ inline float block_sum(float v, float part[32]) {
+    v = warp_sum(v);
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = v;
+    __syncthreads();
+    float sum = 0.0f;
+    for (unsigned w = 0; w < blockDim.x / 32; w++) {
+        sum += part[w];
+    }
+    return sum;
+}
+
+// Calls f(K, threads): 1 vector a thread, or 2 where 512 threads do not span the columns.
+template<class F>
+static void by_columns(size_t columns, F f) {
+    unsigned vectors = pieces(columns, 8);
+    auto threads = [&](unsigned K) { return (unsigned)round_up(pieces(vectors, K), 32); };
+    if (threads(1) <= 512) f(std::integral_constant<int, 1>(), threads(1));
+    else if (threads(2) <= 512) f(std::integral_constant<int, 2>(), threads(2));
+    else die("rows of %zu columns are too long for the GPU, which takes up to 8192", columns);
+}
+
+// Sums over rows go in two stages: each of at most PARTS blocks adds up its span of rows, then
+// to[c] += the parts of column c in order.
+constexpr size_t PARTS = 512;
+__global__ void __launch_bounds__(256)
+add_parts_kernel(float *to, const float *parts, size_t count, size_t columns, size_t pitch) {
+    __shared__ float sums[8][32];
+    size_t lane = threadIdx.x % 32, slice = threadIdx.x / 32, c = blockIdx.x * (size_t)32 + lane;
+    float sum = 0.0f;
+    if (c < columns) {
+        UNROLL for (size_t i = slice; i < count; i += 8) {
+            sum += parts[i * pitch + c];
+        }
+    }
+    sums[slice][lane] = sum;
+    __syncthreads();
+    if (slice > 0 || c >= columns) return;
+    sum = 0.0f;
+    for (int i = 0; i < 8; i++) {
+        sum += sums[i][lane];
+    }
+    to[c] += sum;
+}
+static void add_parts(float *to, const float *parts, size_t count, size_t columns, size_t pitch) {
+    add_parts_kernel<<<pieces(columns, 32), 256, 0, stream>>>(to, parts, count, columns, pitch);
+    LAUNCHED();
+}
+
+// ---- tile product: four warps multiply 64x64 tiles -----------------------------------------------
+// Warp w has rows 16 w .. 16 w + 15 of the result, in the fragments of mma.m16n8k16: acc[j][r] of a
+// lane is at row acc_row(r) and column acc_col(j, r). float uses the same layout without tensor cores.
+constexpr int TILE = 64, DEPTH = 32;
+
+template<typename floatX>
+struct Tiles {
+    floatX a[TILE][DEPTH + 8], b[DEPTH][TILE + 8];         // + 8: no bank conflicts in ldmatrix
+};
+
+__device__ inline int acc_row(int r) {
+    return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + r / 2 * 8;
+}
+__device__ inline int acc_col(int j, int r) { return 8 * j + threadIdx.x % 4 * 2 + r % 2; }
+
+template<class F>
+__device__ inline void each(float acc[8][4], F f) {        // f(element, row, column)
+    UNROLL for (int j = 0; j < 8; j++) {
+        UNROLL for (int r = 0; r < 4; r++) {
+            f(acc[j][r], acc_row(r), acc_col(j, r));
+        }
+    }
+}
+
+__device__ inline void warp_product(float acc[8][4], const Tiles<bf16> &s) {
+    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
+    UNROLL for (int k = 0; k < DEPTH; k += 16) {
+        uint32_t a[4], b[4];
+        ldmatrix(a, &s.a[row + lane % 16][k + lane / 16 * 8]);
+        UNROLL for (int j = 0; j < 8; j += 2) {
+            ldmatrix_trans(b, &s.b[k + lane % 16][8 * j + lane / 16 * 8]);
+            mma(acc[j], a, b);
+            mma(acc[j + 1], a, b + 2);
+        }
+    }
+}
+__device__ inline void warp_product(float acc[8][4], const Tiles<float> &s) {
+    for (int k = 0; k < DEPTH; k++) {
+        float a[2] = {s.a[acc_row(0)][k], s.a[acc_row(2)][k]};
+        UNROLL for (int j = 0; j < 8; j++) {
+            float2 b = *(const float2 *)&s.b[k][acc_col(j, 0)];
+            acc[j][0] += a[0] * b.x;
+            acc[j][1] += a[0] * b.y;
+            acc[j][2] += a[1] * b.x;
+            acc[j][3] += a[1] * b.y;
+        }
+    }
+}
+
+// acc += sum over first <= k < last of a(row, k) b(k, column). a and b give elements as float, rounded
+// to floatX here; ALONG_K: neighbours in memory are neighbours in k, so that loads coalesce.
+enum Order { ALONG_K, ACROSS_K };
+template<Order ORDER_A, Order ORDER_B, typename floatX, class A, class B>
+__device__ inline void multiply(float acc[8][4], Tiles<floatX> &s, int first, int last, A a, B b) {
+    for (int k0 = first; k0 < last; k0 += DEPTH) {
+        __syncthreads();                                   // the tiles are no longer read
+        for (int i = threadIdx.x; i < TILE * DEPTH; i += 128) {
+            int k = ORDER_A == ALONG_K ? i % DEPTH : i / TILE;
+            int row = ORDER_A == ALONG_K ? i / DEPTH : i % TILE;
+            s.a[row][k] = (floatX)(k0 + k < last ? a(row, k0 + k) : 0.0f);
+        }
+        for (int i = threadIdx.x; i < TILE * DEPTH; i += 128) {
+            int k = ORDER_B == ALONG_K ? i % DEPTH : i / TILE;
+            int col = ORDER_B == ALONG_K ? i / DEPTH : i % TILE;
+            s.b[k][col] = (floatX)(k0 + k < last ? b(k0 + k, col) : 0.0f);
+        }
+        __syncthreads();
+        warp_product(acc, s);
+    }
+}
+
+__device__ inline void scale_rows(float acc[8][4], float at_row_0, float at_row_2) {
+    UNROLL for (int j = 0; j < 8; j++) {
+        UNROLL for (int r = 0; r < 4; r++) {
+            acc[j][r] *= r < 2 ? at_row_0 : at_row_2;
+        }
+    }
+}
+
+// Sums of f(element, row, column) along the two rows of a lane, acc_row(0) and acc_row(2).
+template<class F>
+__device__ inline void row_sums(float sum[2], float acc[8][4], F f) {
+    sum[0] = sum[1] = 0.0f;
+    UNROLL for (int j = 0; j < 8; j++) {
+        UNROLL for (int r = 0; r < 4; r++) {
+            sum[r / 2] += f(acc[j][r], acc_row(r), acc_col(j, r));
+        }
+    }
+    sum[0] = quad_sum(sum[0]);
+    sum[1] = quad_sum(sum[1]);
+}
+
+// == embed ========================================================================================
+// resid = embedding[ids], in float from the master weights
+
+// A block per row, a thread per column.
+__global__ void __launch_bounds__(256)
+embed_forward_kernel(float *resid, const int *ids, const float *embedding, size_t M) {
+    size_t row = blockIdx.x, from = ids[row] * M;
+    for (size_t c = threadIdx.x; c < M; c += blockDim.x) {
+        resid[row * M + c] = embedding[from + c];
+    }
+}
+static void embed_forward(const Dims *d, float *resid, const int *ids, const float *embedding) {
+    embed_forward_kernel<<<(unsigned)d->n, 256, 0, stream>>>(resid, ids, embedding, d->M);
+    LAUNCHED();
+}
+
+// For the backward, the host sorts the rows of a batch by their id, and cuts the rows of each id into
+// segments of at most 64, since one id may have a tenth of them. Everything is an int in one buffer:
+// count of ids, count of segments, then order (n), of segments: start (n + 1), of ids: id, first
+// segment (n + 1 each).
+constexpr int SEGMENT = 64;
+struct EmbedPlan {
+    int *order, *start, *id, *first, ids, segments;
+};
+static size_t embed_plan_size(size_t n) { return 4 * n + 5; }
+static EmbedPlan embed_plan_at(int *buffer, size_t n) {
+    int *order = buffer + 2, *start = order + n, *id = start + n + 1;
+    return EmbedPlan{order, start, id, id + n + 1, 0, 0};
+}
+
+// Fills buffer (embed_plan_size ints) for ids below V.
+static void embed_plan(int *buffer, const int *ids, size_t n, size_t V) {
+    EmbedPlan p = embed_plan_at(buffer, n);
+    int *place = (int *)calloc(V + 1, sizeof(int));
+    CHECK(place, "out of memory");
+    for (size_t i = 0; i < n; i++) {
+        place[ids[i] + 1]++;
+    }
+    for (size_t v = 0; v < V; v++) {
+        int rows = place[v + 1];
+        if (rows > 0) {
+            p.id[p.ids] = (int)v;
+            p.first[p.ids++] = p.segments;
+        }
+        for (int at = 0; at < rows; at += SEGMENT) {
+            p.start[p.segments++] = place[v] + at;
+        }
+        place[v + 1] += place[v];
+    }
+    p.first[p.ids] = p.segments;
+    p.start[p.segments] = (int)n;
+    for (size_t i = 0; i < n; i++) {
+        p.order[place[ids[i]]++] = (int)i;
+    }
+    buffer[0] = p.ids;
+    buffer[1] = p.segments;
+    free(place);
+}
+
+// parts (segments,M): the sum of the segment's rows of g_resid.
+__global__ void __launch_bounds__(128)
+embed_segments_kernel(float *parts, const float *g_resid, const int *plan, EmbedPlan p, size_t M) {
+    size_t segment = blockIdx.x, c = blockIdx.y * (size_t)128 + threadIdx.x;
+    if (segment >= plan[1] || c >= M) return;
+    float sum = 0.0f;
+    for (int i = p.start[segment]; i < p.start[segment + 1]; i++) {
+        sum += g_resid[p.order[i] * M + c];
+    }
+    parts[segment * M + c] = sum;
+}
+__global__ void __launch_bounds__(128)
+embed_backward_kernel(float *g_embedding, const float *parts, const int *plan, EmbedPlan p, size_t M) {
+    size_t which = blockIdx.x, c = blockIdx.y * (size_t)128 + threadIdx.x;
+    if (which >= plan[0] || c >= M) return;
+    float sum = 0.0f;
+    for (int segment = p.first[which]; segment < p.first[which + 1]; segment++) {
+        sum += parts[(size_t)segment * M + c];
+    }
+    g_embedding[p.id[which] * M + c] += sum;
+}
+
+// g_embedding (V,M) +=; plan, on the device, is what embed_plan made of ids
+static void embed_backward(const Dims *d, float *g_embedding, const float *g_resid, int *plan) {
+    float *parts = workspace(d->n * d->M);
+    EmbedPlan p = embed_plan_at(plan, d->n);
+    dim3 grid((unsigned)d->n, pieces(d->M, 128));          // as if no id came twice: a fixed shape
+    embed_segments_kernel<<<grid, 128, 0, stream>>>(parts, g_resid, plan, p, d->M);
+    LAUNCHED();
+    embed_backward_kernel<<<grid, 128, 0, stream>>>(g_embedding, parts, plan, p, d->M);
+    LAUNCHED();
+}
+
+// == rmsnorm ======================================================================================
+// u = x^ w, x^ = resid rstd, rstd = 1 / sqrt(mean of resid^2 + eps)
+// backward, of v = w g_u:  g_resid += rstd (v - x^ mean(x^ v));  g_w += sum over rows of x^ g_u
+constexpr float NORM_EPS = 1e-5f;
+
+template<int K, typename floatX>
+__global__ void __launch_bounds__(512)
+rmsnorm_forward_kernel(floatX *u, float *rstd, const float *resid, const float *w, size_t M) {
+    __shared__ float part[32];
+    size_t row = blockIdx.x;
+    Vec x[K];
+    float sum = 0.0f;
+    UNROLL for (int k = 0; k < K; k++) {
+        x[k] = load(resid + row * M, (threadIdx.x + k * blockDim.x) * 8, M);
+        UNROLL for (int i = 0; i < 8; i++) {
+            sum += x[k].v[i] * x[k].v[i];
+        }
+    }
+    float scale = 1.0f / sqrtf(block_sum(sum, part) / M + NORM_EPS);
+    if (threadIdx.x == 0) rstd[row] = scale;
+    UNROLL for (int k = 0; k < K; k++) {
+        size_t c = (threadIdx.x + k * blockDim.x) * 8;
+        Vec weight = load(w, c, M);
+        UNROLL for (int i = 0; i < 8; i++) {
+            x[k].v[i] *= scale * weight.v[i];
+        }
+        store(u + row * M, c, M, x[k]);
+    }
+}
+template<typename floatX>
+static void rmsnorm_forward(const Dims *d, floatX *u, float *rstd, const float *resid, const float *w) {
+    by_columns(d->M, [&](auto K, unsigned threads) {
+        rmsnorm_forward_kernel<K(), floatX><<<(unsigned)d->n, threads, 0, stream>>>(
+            u, rstd, resid, w, d->M);
+    });
+    LAUNCHED();
+}
+
+template<int K, typename floatX>
+__global__ void __launch_bounds__(512)
+rmsnorm_backward_kernel(float *g_resid, float *g_w_parts, const floatX *g_u, const float *resid,
+                        const float *rstd, const float *w, size_t n, size_t M, size_t span) {
+    __shared__ float part[2][32];
+    Vec weight[K], g_w[K] = {};
+    UNROLL for (int k = 0; k < K; k++) {
+        weight[k] = load(w, (threadIdx.x + k * blockDim.x) * 8, M);
+    }
+    for (size_t row = blockIdx.x * span; row < min(n, (blockIdx.x + 1) * span); row++) {
+        Vec x[K], v[K];
+        float dot = 0.0f, scale = rstd[row];
+        UNROLL for (int k = 0; k < K; k++) {
+            size_t c = (threadIdx.x + k * blockDim.x) * 8;
+            x[k] = load(resid + row * M, c, M);
+            v[k] = load(g_u + row * M, c, M);
+            UNROLL for (int i = 0; i < 8; i++) {
+                x[k].v[i] *= scale;
+                g_w[k].v[i] += x[k].v[i] * v[k].v[i];
+                v[k].v[i] *= weight[k].v[i];
+                dot += x[k].v[i] * v[k].v[i];
+            }
+        }
+        dot = block_sum(dot, part[row % 2]) / M;
+        UNROLL for (int k = 0; k < K; k++) {
+            size_t c = (threadIdx.x + k * blockDim.x) * 8;
+            Vec g = load(g_resid + row * M, c, M);
+            UNROLL for (int i = 0; i < 8; i++) {
+                g.v[i] += scale * (v[k].v[i] - x[k].v[i] * dot);
+            }
+            store(g_resid + row * M, c, M, g);
+        }
+    }
+    UNROLL for (int k = 0; k < K; k++) {
+        store(g_w_parts + blockIdx.x * M, (threadIdx.x + k * blockDim.x) * 8, M, g_w[k]);
+    }
+}
+template<typename floatX>
+static void rmsnorm_backward(const Dims *d, float *g_resid, float *g_w, const floatX *g_u,
+                             const float *resid, const float *rstd, const float *w) {
+    size_t span = pieces(d->n, PARTS), parts = pieces(d->n, span);
+    float *g_w_parts = workspace(parts * d->M);
+    by_columns(d->M, [&](auto K, unsigned threads) {
+        rmsnorm_backward_kernel<K(), floatX><<<(unsigned)parts, threads, 0, stream>>>(
+            g_resid, g_w_parts, g_u, resid, rstd, w, d->n, d->M, span);
+    });
+    LAUNCHED();
+    add_parts(g_w, g_w_parts, parts, d->M, d->M);
+}
+
+// == linear =======================================================================================
+// out = in weight^T;  g_in = g_out weight;  g_weight = g_out^T in
+// cuBLASLt takes the first algorithm that its heuristic names for a shape and keeps it: an algorithm
+// chosen by timing would change the bits from run to run.
+constexpr size_t CUBLAS_WORKSPACE = 32 << 20;
+
+template<typename X> constexpr cudaDataType_t data_type() {
+    return sizeof(X) == 4 ? CUDA_R_32F : CUDA_R_16BF;
+}
+
+// One product: out (m,n) row by row, out = beta out + a b, where a is (m,k) or, a_trans, stored (k,m),
+// b is (k,n) or, b_trans, stored (n,k); pitches are of the stored rows.
+struct Product {
+    size_t m, n, k, pitch_a, pitch_b, pitch_out;
+    int a_trans, b_trans;
+    cudaDataType_t in = CUDA_R_16BF, out = CUDA_R_16BF;
+};
+struct ProductPlan {
+    Product product;
+    cublasLtMatmulDesc_t desc;
+    cublasLtMatrixLayout_t a, b, out;
+    cublasLtMatmulHeuristicResult_t result;
+};
+
+static cublasLtHandle_t cublas;
+
+static cublasLtMatrixLayout_t layout(cudaDataType_t type, size_t rows, size_t columns, size_t pitch) {
+    cublasLtMatrixLayout_t layout;                         // cuBLAS counts by columns: transposed
+    CUBLAS(cublasLtMatrixLayoutCreate(&layout, type, columns, rows, (int64_t)pitch));
+    return layout;
+}
+
+static ProductPlan plan_product(const Product &p) {
+    ProductPlan plan = {};
+    plan.product = p;
+    cublasComputeType_t compute =
+        p.in == CUDA_R_32F ? CUBLAS_COMPUTE_32F_PEDANTIC : CUBLAS_COMPUTE_32F;
+    cublasOperation_t a = p.a_trans ? CUBLAS_OP_T : CUBLAS_OP_N, b = p.b_trans ? CUBLAS_OP_T : CUBLAS_OP_N;
+    CUBLAS(cublasLtMatmulDescCreate(&plan.desc, compute, CUDA_R_32F));
+    CUBLAS(cublasLtMatmulDescSetAttribute(plan.desc, CUBLASLT_MATMUL_DESC_TRANSA, &b, sizeof b));
+    CUBLAS(cublasLtMatmulDescSetAttribute(plan.desc, CUBLASLT_MATMUL_DESC_TRANSB, &a, sizeof a));
+    plan.a = p.a_trans ? layout(p.in, p.k, p.m, p.pitch_a) : layout(p.in, p.m, p.k, p.pitch_a);
+    plan.b = p.b_trans ? layout(p.in, p.n, p.k, p.pitch_b) : layout(p.in, p.k, p.n, p.pitch_b);
+    plan.out = layout(p.out, p.m, p.n, p.pitch_out);
+    cublasLtMatmulPreference_t wish;
+    size_t room = CUBLAS_WORKSPACE;
+    uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    CUBLAS(cublasLtMatmulPreferenceCreate(&wish));
+    CUBLAS(cublasLtMatmulPreferenceSetAttribute(
+        wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room, sizeof room));
+    CUBLAS(cublasLtMatmulPreferenceSetAttribute(
+        wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction, sizeof reduction));
+    int found = 0;
+    CUBLAS(cublasLtMatmulAlgoGetHeuristic(cublas, plan.desc, plan.b, plan.a, plan.out, plan.out, wish,
+                                          1, &plan.result, &found));
+    CHECK(found, "cuBLAS has no algorithm for a product of %zu x %zu x %zu", p.m, p.n, p.k);
+    CUBLAS(cublasLtMatmulPreferenceDestroy(wish));
+    return plan;
+}
+
+// Shapes whose rows do not begin on 16 bytes (d_model 20, say) are not for cuBLAS. A 64x64 tile a block.
+template<int A_TRANS, int B_TRANS, typename In, typename Out>
+__global__ void __launch_bounds__(128, 3)
+gemm_kernel(Out *out, const In *a, const In *b, const Out *from, int add, Product p) {
+    __shared__ Tiles<In> tiles;
+    size_t i0 = blockIdx.x * (size_t)TILE, j0 = blockIdx.y * (size_t)TILE;
+    float acc[8][4] = {};
+    multiply<A_TRANS ? ACROSS_K : ALONG_K, B_TRANS ? ALONG_K : ACROSS_K>(acc, tiles, 0, p.k,
+        [&](size_t i, size_t k) {
+            return i0 + i < p.m ? (float)a[A_TRANS ? k * p.pitch_a + i0 + i : (i0 + i) * p.pitch_a + k]
+                                : 0.0f;
+        },
+        [&](size_t k, size_t j) {
+            return j0 + j < p.n ? (float)b[B_TRANS ? (j0 + j) * p.pitch_b + k : k * p.pitch_b + j0 + j]
+                                : 0.0f;
+        });
+    each(acc, [&](float v, int i, int j) {
+        if (i0 + i >= p.m || j0 + j >= p.n) return;
+        size_t at = (i0 + i) * p.pitch_out + j0 + j;
+        out[at] = (Out)(add ? v + (float)from[at] : v);
+    });
+}
+
+template<typename In, typename Out>
+static void gemm_any_shape(Out *out, const In *a, const In *b, const Out *from, int add, Product p) {
+    dim3 grid(pieces(p.m, TILE), pieces(p.n, TILE));
+    if (p.a_trans) gemm_kernel<1, 0, In, Out><<<grid, 128, 0, stream>>>(out, a, b, from, add, p);
+    else if (p.b_trans) gemm_kernel<0, 1, In, Out><<<grid, 128, 0, stream>>>(out, a, b, from, add, p);
+    else gemm_kernel<0, 0, In, Out><<<grid, 128, 0, stream>>>(out, a, b, from, add, p);
+    LAUNCHED();
+}
+
+// out = a b + (add ? from : 0); from may be out
+template<typename In, typename Out>
+static void gemm(Out *out, const In *a, const In *b, const Out *from, int add, Product p) {
+    static ProductPlan plans[64];
+    static int planned;
+    static char *room;
+    size_t bits = (p.pitch_a | p.pitch_b) * sizeof(In) | p.pitch_out * sizeof(Out);
+    bits |= (uintptr_t)a | (uintptr_t)b | (uintptr_t)out | (uintptr_t)from;
+    if (bits % 16) return gemm_any_shape(out, a, b, from, add, p);
+    if (!cublas) CUBLAS(cublasLtCreate(&cublas));
+    if (!room) room = device_alloc<char>(CUBLAS_WORKSPACE);
+    p.in = data_type<In>();
+    p.out = data_type<Out>();
+    int i = 0;
+    while (i < planned && memcmp(&plans[i].product, &p, sizeof p)) i++;
+    if (i == planned) {
+        CHECK(planned < 64, "more kinds of matrix products than the %d planned for", 64);
+        plans[planned++] = plan_product(p);
+    }
+    const ProductPlan &plan = plans[i];
+    float one = 1.0f, beta = add ? 1.0f : 0.0f;
+    CUBLAS(cublasLtMatmul(cublas, plan.desc, &one, b, plan.b, a, plan.a, &beta, from, plan.out, out,
+                          plan.out, &plan.result.algo, room, CUBLAS_WORKSPACE, stream));
+}
+
+// out (n,O) (+)= in (n,I) weight(O,I)^T; pitch: of a row of out, when it is not O
+template<typename floatX, typename Out>
+static void linear_forward(Out *out, const floatX *in, const floatX *weight, size_t n, size_t I,
+                           size_t O, int add, size_t pitch = 0) {
+    gemm(out, in, weight, out, add, Product{n, O, I, I, I, pitch ? pitch : O, 0, 1});
+}
+
+// g_in = , or left alone when NULL; g_weight (+)= by add
+template<typename floatX>
+static void linear_backward(floatX *g_in, float *g_weight, const floatX *g_out, const floatX *in,
+                            const floatX *weight, size_t n, size_t I, size_t O, int add,
+                            size_t pitch = 0) {
+    if (!pitch) pitch = O;
+    if (g_in) gemm(g_in, g_out, weight, g_in, 0, Product{n, I, O, pitch, I, I, 0, 0});
+    gemm(g_weight, g_out, in, g_weight, add, Product{O, I, n, pitch, I, I, 1, 0});
+}
+
+// == conv1d =======================================================================================
+// xBC_t = silu(pre_t), pre_t = b + sum over k of w_k in_{t-(W-1)+k}, in: the columns x | B | C of zxBCdt
+// backward: g_pre = g_xBC silu'(pre);  g_in_t = sum over k of w_k g_pre_{t+(W-1)-k};
+//           g_w_k += sum over t of g_pre_t in_{t-(W-1)+k};  g_b += sum of g_pre
+// A thread walks CONV_ROWS steps of 8 channels with the last TAPS inputs in registers. TAPS is W, or
+// more: missing taps are the oldest, with weight 0.
+constexpr int CONV_ROWS = 16;
+
+template<int TAPS, typename floatX>
+struct Conv {
+    const Dims &d;
+    size_t r, c;                                           // row of the batch; first channel
+    const floatX *zxBCdt, *past;
+    const int *doc;
+    Vec w[TAPS], b, in[TAPS];                              // in[k]: the input under tap k
+
+    __device__ Conv(const Dims &d, size_t r, size_t c, const floatX *zxBCdt, const float *weight,
+                    const float *bias, const floatX *past, const int *doc)
+        : d(d), r(r), c(c), zxBCdt(zxBCdt), past(past), doc(doc) {
+        UNROLL for (int k = 0; k < TAPS; k++) {
+            UNROLL for (int i = 0; i < 8; i++) {
+                bool there = c + i < d.S && k + d.W >= TAPS;
+                w[k].v[i] = there ? weight[(c + i) * d.W + k + d.W - TAPS] : 0.0f;
+            }
+        }
+        b = load(bias, c, d.S);
+    }
+    __device__ Vec input(long t) const {
+        long before = t + (long)d.W - 1;                   // place in past (R,W-1,S)
+        if (t >= (long)d.T || before < 0) return Vec{};
+        if (t >= 0) return load(zxBCdt + (r * d.T + t) * d.pitch + d.E, c, d.S);
+        return past ? load(past + (r * (d.W - 1) + before) * d.S, c, d.S) : Vec{};
+    }
+    __device__ void start(long t) {                        // before the first call of next(t)
+        UNROLL for (int k = 1; k < TAPS; k++) {
+            in[k] = input(t - TAPS + k);
+        }
+    }
+    __device__ bool sees(long t, int back) const {         // is step t - back of the same document?
+        if (!doc) return true;
+        const int *here = doc + r * d.T + t;
+        return here[0] == (t >= back ? here[-back] : 0);
+    }
+    __device__ Vec next(long t) {                          // takes in step t, gives pre_t
+        UNROLL for (int k = 1; k < TAPS; k++) {
+            in[k - 1] = in[k];
+        }
+        in[TAPS - 1] = input(t);
+        Vec pre = b;
+        UNROLL for (int k = 0; k < TAPS; k++) {
+            if (!sees(t, TAPS - 1 - k)) continue;
+            UNROLL for (int i = 0; i < 8; i++) {
+                pre.v[i] += w[k].v[i] * in[k].v[i];
+            }
+        }
+        return pre;
+    }
+};
+
+template<int TAPS, typename floatX>
+__global__ void __launch_bounds__(256)
+conv1d_forward_kernel(floatX *xBC, const floatX *zxBCdt, const float *w, const float *b,
+                      const floatX *past, const int *doc, Dims d) {
+    size_t c = (blockIdx.y * (size_t)32 + threadIdx.x % 32) * 8, r = blockIdx.z;
+    long t0 = (blockIdx.x * (long)8 + threadIdx.x / 32) * CONV_ROWS;
+    if (c >= d.S) return;
+    Conv<TAPS, floatX> conv(d, r, c, zxBCdt, w, b, past, doc);
+    conv.start(t0);
+    for (long t = t0; t < min(t0 + CONV_ROWS, (long)d.T); t++) {
+        Vec x = conv.next(t);
+        UNROLL for (int i = 0; i < 8; i++) {
+            x.v[i] *= sigmoid(x.v[i]);
+        }
+        store(xBC + (r * d.T + t) * d.S, c, d.S, x);
+    }
+}
+
+// Calls f(TAPS).
+template<class F>
+static void by_taps(size_t W, F f) {
+    CHECK(W >= 1 && W <= 8, "d_conv is %zu; the GPU takes 1 to 8", W);
+    if (W <= 4) f(std::integral_constant<int, 4>());
+    else f(std::integral_constant<int, 8>());
+}
+
+// w (S,W), b (S), past (R,W-1,S): xBC before this row, or NULL
+template<typename floatX>
+static void conv1d_forward(const Dims *d, floatX *xBC, const floatX *zxBCdt, const float *w,
+                           const float *b, const floatX *past, const int *doc) {
+    dim3 grid(pieces(d->T, 8 * CONV_ROWS), pieces(d->S, 256), (unsigned)d->R);
+    by_taps(d->W, [&](auto TAPS) {
+        conv1d_forward_kernel<TAPS(), floatX><<<grid, 256, 0, stream>>>(
+            xBC, zxBCdt, w, b, past, doc, *d);
+    });
+    LAUNCHED();
+}
+
+// A thread goes TAPS - 1 steps past its own: g_in_t needs g_pre up to t + TAPS - 1. due[k] is what
+// g_in has so far at the step that is under tap k. parts (grid.x * R, S W | S): of g_w and g_b.
+template<int TAPS, typename floatX>
+__global__ void __launch_bounds__(256)
+conv1d_backward_kernel(floatX *g_zxBCdt, float *parts, const floatX *g_xBC, const floatX *zxBCdt,
+                       const float *w, const float *b, const floatX *past, const int *doc, Dims d) {
+    __shared__ float sums[8][256];
+    size_t lane = threadIdx.x % 32, slice = threadIdx.x / 32, r = blockIdx.z;
+    size_t c = (blockIdx.y * (size_t)32 + lane) * 8;
+    long t0 = (blockIdx.x * (long)8 + slice) * CONV_ROWS, T = (long)d.T;
+    Conv<TAPS, floatX> conv(d, r, c, zxBCdt, w, b, past, doc);
+    Vec due[TAPS] = {}, g_w[TAPS + 1] = {};                // g_w[TAPS]: g_b
+    conv.start(t0);
+    for (long t = t0; t < t0 + CONV_ROWS + TAPS - 1 && t0 < T; t++) {
+        UNROLL for (int k = 1; k < TAPS; k++) {
+            due[k - 1] = due[k];
+        }
+        due[TAPS - 1] = Vec{};
+        if (t < T) {
+            Vec pre = conv.next(t), g = load(g_xBC + (r * d.T + t) * d.S, c, d.S);
+            UNROLL for (int i = 0; i < 8; i++) {
+                float s = sigmoid(pre.v[i]);
+                g.v[i] *= s * (1.0f + pre.v[i] * (1.0f - s));
+                if (t < t0 + CONV_ROWS) g_w[TAPS].v[i] += g.v[i];
+            }
+            UNROLL for (int k = 0; k < TAPS; k++) {
+                if (!conv.sees(t, TAPS - 1 - k)) continue;
+                UNROLL for (int i = 0; i < 8; i++) {
+                    due[k].v[i] += conv.w[k].v[i] * g.v[i];
+                    if (t < t0 + CONV_ROWS) g_w[k].v[i] += conv.in[k].v[i] * g.v[i];
+                }
+            }
+        }
+        long done = t - (TAPS - 1);
+        if (done >= t0 && done < T) {
+            store(g_zxBCdt + (r * d.T + done) * d.pitch + d.E, c, d.S, due[0]);
+        }
+    }
+    parts += (r * gridDim.x + blockIdx.x) * d.S * (d.W + 1);
+    size_t mine = blockIdx.y * (size_t)256 + threadIdx.x;  // the channel whose sums this thread adds up
+    UNROLL for (int k = 0; k <= TAPS; k++) {
+        __syncthreads();
+        UNROLL for (int i = 0; i < 8; i++) {
+            sums[slice][lane * 8 + i] = g_w[k].v[i];
+        }
+        __syncthreads();
+        long tap = k + (long)d.W - TAPS;
+        if (mine >= d.S || tap < 0) continue;
+        float sum = 0.0f;
+        for (int s = 0; s < 8; s++) {
+            sum += sums[s][threadIdx.x];
+        }
+        parts[k < TAPS ? mine * d.W + tap : d.S * d.W + mine] = sum;
+    }
+}
+
+// writes its columns of g_zxBCdt; g_w, g_b +=
+template<typename floatX>
+static void conv1d_backward(const Dims *d, floatX *g_zxBCdt, float *g_w, float *g_b,
+                            const floatX *g_xBC, const floatX *zxBCdt, const float *w, const float *b,
+                            const floatX *past, const int *doc) {
+    dim3 grid(pieces(d->T, 8 * CONV_ROWS), pieces(d->S, 256), (unsigned)d->R);
+    size_t count = grid.x * d->R, weights = d->S * d->W, pitch = weights + d->S;
+    float *parts = workspace(count * pitch);
+    by_taps(d->W, [&](auto TAPS) {
+        conv1d_backward_kernel<TAPS(), floatX><<<grid, 256, 0, stream>>>(
+            g_zxBCdt, parts, g_xBC, zxBCdt, w, b, past, doc, *d);
+    });
+    LAUNCHED();
+    add_parts(g_w, parts, count, weights, pitch);
+    add_parts(g_b, parts + weights, count, d->S, pitch);
+}
+
+// == dt ===========================================================================================
+// dt = clamp(softplus(raw + dt_bias), dt_lo, dt_hi), raw: the last columns of zxBCdt
+// backward: g_raw = g_dt sigmoid(raw + dt_bias), 0 where clamped;  g_dt_bias += sum of g_raw
+__device__ inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
+
+template<typename floatX>
+__global__ void __launch_bounds__(256)
+dt_forward_kernel(float *dt, const floatX *zxBCdt, const float *dt_bias, Dims d) {
+    size_t i = blockIdx.x * (size_t)256 + threadIdx.x, row = i / d.H, h = i % d.H;
+    if (row >= d.n) return;
+    float step = softplus((float)zxBCdt[row * d.pitch + d.E + d.S + h] + dt_bias[h]);
+    dt[i] = min(max(step, d.dt_lo), d.dt_hi);
+}
+template<typename floatX>
+static void dt_forward(const Dims *d, float *dt, const floatX *zxBCdt, const float *dt_bias) {
+    dt_forward_kernel<floatX><<<pieces(d->n * d->H, 256), 256, 0, stream>>>(dt, zxBCdt, dt_bias, *d);
+    LAUNCHED();
+}
+
+// A block has 32 heads and a span of rows. It also clears the columns that round the pitch up.
+template<typename floatX>
+__global__ void __launch_bounds__(256)
+dt_backward_kernel(floatX *g_zxBCdt, float *parts, const float *g_dt, const floatX *zxBCdt,
+                   const float *dt_bias, Dims d, size_t span) {
+    __shared__ float sums[8][32];
+    size_t lane = threadIdx.x % 32, slice = threadIdx.x / 32, h = blockIdx.y * (size_t)32 + lane;
+    size_t last = min(d.n, (blockIdx.x + 1) * span);
+    float sum = 0.0f;
+    for (size_t row = blockIdx.x * span + slice; row < last; row += 8) {
+        size_t at = row * d.pitch + d.E + d.S + h;
+        if (h < d.H) {
+            float raw = (float)zxBCdt[at] + dt_bias[h], step = softplus(raw), g = g_dt[row * d.H + h];
+            if (step < d.dt_lo || step > d.dt_hi) g = 0.0f;
+            if (raw <= 20.0f) g *= sigmoid(raw);
+            g_zxBCdt[at] = (floatX)g;
+            sum += g;
+        } else if (h < d.H + d.pitch - d.Z) {
+            g_zxBCdt[at] = (floatX)0.0f;
+        }
+    }
+    sums[slice][lane] = sum;
+    __syncthreads();
+    if (slice > 0 || h >= d.H) return;
+    sum = 0.0f;
+    for (int s = 0; s < 8; s++) {
+        sum += sums[s][lane];
+    }
+    parts[blockIdx.x * d.H + h] = sum;
+}
+template<typename floatX>
+static void dt_backward(const Dims *d, floatX *g_zxBCdt, float *g_dt_bias, const float *g_dt,
+                        const floatX *zxBCdt, const float *dt_bias) {
+    size_t span = pieces(d->n, PARTS), count = pieces(d->n, span);
+    float *parts = workspace(count * d->H);
+    dim3 grid((unsigned)count, pieces(d->H + 7, 32));
+    dt_backward_kernel<floatX><<<grid, 256, 0, stream>>>(
+        g_zxBCdt, parts, g_dt, zxBCdt, dt_bias, *d, span);
+    LAUNCHED();
+    add_parts(g_dt_bias, parts, count, d->H, d->H);
+}
+
+// == ssd ==========================================================================================
+// The recurrence of a head, h = exp(dt A) h + dt B x^T, y = C h + D x, worked out chunk by chunk.
+// In a chunk of Q steps, with s <= l:
+//   cs_l     sum of dt A over the steps up to l         L_ls = exp(cs_l - cs_s)
+//   S        state (N,P) before the chunk               CB_ls = C_l . B_s, one for all heads of a group
+//   y        = (CB o L) diag(dt) x + diag(exp(cs)) C S + D x
+//   S next   = exp(cs_last) S + B^T diag(dt exp(cs_last - cs)) x
+// Backward, with gS the gradient of the state after the chunk:
+//   gS before = exp(cs_last) gS + C^T diag(exp(cs)) g_y;          kappa = exp(cs_last) <S, gS>
+//   R         = (CB o L)^T g_y + diag(exp(cs_last - cs)) B gS
+//   g_x       = dt R + D g_y;  g_dt (direct) = R . x;  g_D = sum of g_y o x
+//   g_CB      = sum over heads of (g_y x^T) o L diag(dt);  G = CB o (this head's part)
+//   g_C       = g_CB B + sum over heads of diag(exp(cs)) g_y S^T;  pi_l = exp(cs_l) C_l . (g_y S^T)_l
+//   g_B       = g_CB^T C + sum over heads of diag(dt exp(cs_last - cs)) x gS^T
+//   g of dt A at t = sum over u < t of q_u + sum over l >= t of pi_l + kappa,
+//   q = column sums of G - its row sums + (what passes through the state) = dt g_dt(direct) - row sums
+// A change of document cuts: L_ls = 0 across it, and so do the decays to and from the states. cs is
+// kept in units of log 2, and no exponent is let above 0.
+
+// One chunk of one head: where its steps are, and how they decay.
+template<typename floatX>
+struct Chunk {
+    size_t token, number, group;                   // first step; among (R, chunks); of B and C
+    int rows;                                      // steps, fewer than Q at the end
+    const floatX *x, *B, *C;                       // of the first step; the next is S elements on
+    const float *cs, *dt;                          // (Q)
+    const int *doc;
+    int doc_before, doc_last;
+
+    __device__ Chunk(const Dims &d, size_t c, size_t h, size_t r, const floatX *xBC,
+                     const float *all_cs, const float *all_dt, const int *docs) {
+        token = r * d.T + c * d.Q;
+        number = r * d.chunks + c;
+        group = h / (d.H / d.G);
+        rows = (int)min(d.Q, d.T - c * d.Q);
+        x = xBC + token * d.S + h * d.P;
+        B = xBC + token * d.S + d.E + group * d.N;
+        C = B + d.G * d.N;
+        cs = all_cs + ((r * d.H + h) * d.chunks + c) * d.Q;
+        dt = all_dt + ((r * d.H + h) * d.chunks + c) * d.Q;
+        doc = docs ? docs + token : NULL;
+        doc_before = doc && c > 0 ? doc[-1] : 0;
+        doc_last = doc ? doc[rows - 1] : 0;
+    }
+    __device__ int doc_at(int l) const { return doc ? doc[l] : 0; }
+    __device__ float from_start(int l) const {
+        return l < rows && doc_at(l) == doc_before ? exp2f(min(cs[l], 0.0f)) : 0.0f;
+    }
+    __device__ float to_end(int s) const {
+        return s < rows && doc_at(s) == doc_last ? exp2f(min(cs[rows - 1] - cs[s], 0.0f)) : 0.0f;
+    }
+    __device__ float through() const {
+        return doc_last == doc_before ? exp2f(min(cs[rows - 1], 0.0f)) : 0.0f;
+    }
+    __device__ float L(int l, int s) const {
+        bool sees = s <= l && l < rows && doc_at(l) == doc_at(s);
+        return sees ? exp2f(min(cs[l] - cs[s], 0.0f)) : 0.0f;
+    }
+};
+
+// cs, dts (R,H,chunks,Q): the sums of dt A within each chunk, and dt in the same order; 0 past T.
+// A warp per chunk of a head.
+__global__ void __launch_bounds__(256)
+ssd_prepare_kernel(float *cs, float *dts, const float *dt, const float *A_log, Dims d) {
+    size_t c = blockIdx.x, h = blockIdx.y * 8 + threadIdx.x / 32, r = blockIdx.z;
+    if (h >= d.H) return;
+    float a = -expf(A_log[h]) * 1.44269504f, before = 0.0f;
+    size_t to = ((r * d.H + h) * d.chunks + c) * d.Q;
+    for (size_t l = threadIdx.x % 32; l < round_up(d.Q, 32); l += 32) {
+        size_t t = c * d.Q + l;
+        float step = l < d.Q && t < d.T ? dt[(r * d.T + t) * d.H + h] : 0.0f;
+        float sum = before + warp_scan(step * a);
+        if (l < d.Q) {
+            cs[to + l] = sum;
+            dts[to + l] = step;
+        }
+        before = __shfl_sync(~0u, sum, 31);
+    }
+}
+
+// CB (R,chunks,G,Q,Q) = C B^T, its tiles on and below the diagonal.
+template<typename floatX>
+__global__ void __launch_bounds__(128)
+ssd_CB_kernel(float *CB, const floatX *xBC, const float *cs, const float *dts, Dims d) {
+    __shared__ Tiles<floatX> tiles;
+    int side = pieces(d.Q, TILE), l0 = blockIdx.x / side % side * TILE, s0 = blockIdx.x % side * TILE;
+    size_t c = blockIdx.x / (side * side), g = blockIdx.y;
+    if (s0 > l0) return;
+    Chunk<floatX> k(d, c, g * (d.H / d.G), blockIdx.z, xBC, cs, dts, NULL);
+    float acc[8][4] = {};
+    multiply<ALONG_K, ALONG_K>(acc, tiles, 0, d.N,
+        [&](int l, int n) { return l0 + l < k.rows ? (float)k.C[(l0 + l) * d.S + n] : 0.0f; },
+        [&](int n, int s) { return s0 + s < k.rows ? (float)k.B[(s0 + s) * d.S + n] : 0.0f; });
+    CB += (k.number * d.G + g) * d.Q * d.Q;
+    each(acc, [&](float v, int l, int s) {
+        if (l0 + l < d.Q && s0 + s < d.Q) CB[(l0 + l) * d.Q + s0 + s] = v;
+    });
+}
+
+// states (R,chunks,H,N,P): the state before each chunk. A block walks the chunks of a head with a tile
+// of the state in its accumulators, and leaves the last one, in float, in final.
+template<typename floatX>
+__global__ void __launch_bounds__(128)
+ssd_states_kernel(floatX *states, float *final, const floatX *xBC, const float *cs, const float *dts,
+                  const float *initial, const int *doc, Dims d) {
+    __shared__ Tiles<floatX> tiles;
+    int across = pieces(d.P, TILE), n0 = blockIdx.x / across * TILE, p0 = blockIdx.x % across * TILE;
+    size_t h = blockIdx.y, r = blockIdx.z;
+    size_t head = (r * d.H + h) * d.N * d.P;               // in initial and final
+    auto inside = [&](int n, int p) { return n0 + n < d.N && p0 + p < d.P; };
+    auto at = [&](int n, int p) { return (n0 + n) * d.P + p0 + p; };
+    float acc[8][4] = {};
+    if (initial) {
+        each(acc, [&](float &v, int n, int p) { v = inside(n, p) ? initial[head + at(n, p)] : 0.0f; });
+    }
+    for (size_t c = 0; c < d.chunks; c++) {
+        Chunk<floatX> k(d, c, h, r, xBC, cs, dts, doc);
+        floatX *S = states + (k.number * d.H + h) * d.N * d.P;
+        float through = k.through();
+        each(acc, [&](float &v, int n, int p) {
+            if (inside(n, p)) S[at(n, p)] = (floatX)v;
+            v *= through;
+        });
+        multiply<ACROSS_K, ACROSS_K>(acc, tiles, 0, k.rows,
+            [&](int n, int s) {
+                return n0 + n < d.N ? (float)k.B[s * d.S + n0 + n] * k.dt[s] * k.to_end(s) : 0.0f;
+            },
+            [&](int s, int p) { return p0 + p < d.P ? (float)k.x[s * d.S + p0 + p] : 0.0f; });
+    }
+    if (final) {
+        each(acc, [&](float v, int n, int p) { if (inside(n, p)) final[head + at(n, p)] = v; });
+    }
+}
+
+// y = diag(exp(cs)) C S + (CB o L) diag(dt) x + D x, a tile of it.
+template<typename floatX>
+__global__ void __launch_bounds__(128)
+ssd_scan_kernel(floatX *y, const floatX *states, const floatX *xBC, const float *CB, const float *cs,
+                const float *dts, const float *D, const int *doc, Dims d) {
+    __shared__ Tiles<floatX> tiles;
+    int side = pieces(d.Q, TILE), across = pieces(d.P, TILE);
+    int l0 = blockIdx.x / across % side * TILE, p0 = blockIdx.x % across * TILE;
+    size_t c = blockIdx.x / (side * across), h = blockIdx.y;
+    Chunk<floatX> k(d, c, h, blockIdx.z, xBC, cs, dts, doc);
+    if (l0 >= k.rows) return;
+    const floatX *S = states + (k.number * d.H + h) * d.N * d.P;
+    CB += (k.number * d.G + k.group) * d.Q * d.Q;
+    float acc[8][4] = {}, skip = D[h];
+    multiply<ALONG_K, ACROSS_K>(acc, tiles, 0, d.N,
+        [&](int l, int n) { return l0 + l < k.rows ? (float)k.C[(l0 + l) * d.S + n] : 0.0f; },
+        [&](int n, int p) { return p0 + p < d.P ? (float)S[n * d.P + p0 + p] : 0.0f; });
+    scale_rows(acc, k.from_start(l0 + acc_row(0)), k.from_start(l0 + acc_row(2)));
+    multiply<ALONG_K, ACROSS_K>(acc, tiles, 0, min(l0 + TILE, k.rows),
+        [&](int l, int s) {
+            return l0 + l < k.rows ? CB[(l0 + l) * d.Q + s] * k.L(l0 + l, s) * k.dt[s] : 0.0f;
+        },
+        [&](int s, int p) { return p0 + p < d.P ? (float)k.x[s * d.S + p0 + p] : 0.0f; });
+    each(acc, [&](float v, int l, int p) {
+        if (l0 + l >= k.rows || p0 + p >= d.P) return;
+        float x = (float)k.x[(l0 + l) * d.S + p0 + p];
+        y[(k.token + l0 + l) * d.E + h * d.P + p0 + p] = (floatX)(v + skip * x);
+    });
+}
+
+// y (n,E); states (R*chunks,H,N,P) work: state before each chunk; final, initial (R,H,N,P) or NULL
+template<typename floatX>
+static void ssd_forward(const Dims *d, floatX *y, floatX *states, float *final, const floatX *xBC,
+                        const float *dt, const float *A_log, const float *D, const float *initial,
+                        const int *doc) {
+    size_t steps = d->R * d->H * d->chunks * d->Q, pairs = d->R * d->chunks * d->G * d->Q * d->Q;
+    float *cs = workspace(2 * steps + pairs), *dts = cs + steps, *CB = dts + steps;
+    unsigned R = d->R, H = d->H, G = d->G, chunks = d->chunks, side = pieces(d->Q, TILE);
+    unsigned across = pieces(d->P, TILE), down = pieces(d->N, TILE);
+    ssd_prepare_kernel<<<dim3(chunks, pieces(H, 8), R), 256, 0, stream>>>(cs, dts, dt, A_log, *d);
+    LAUNCHED();
+    ssd_CB_kernel<floatX><<<dim3(chunks * side * side, G, R), 128, 0, stream>>>(CB, xBC, cs, dts, *d);
+    LAUNCHED();
+    ssd_states_kernel<floatX><<<dim3(down * across, H, R), 128, 0, stream>>>(
+        states, final, xBC, cs, dts, initial, doc, *d);
+    LAUNCHED();
+    ssd_scan_kernel<floatX><<<dim3(chunks * side * across, H, R), 128, 0, stream>>>(
+        y, states, xBC, CB, cs, dts, D, doc, *d);
+    LAUNCHED();
+}
+
+// g_states (R,chunks,H,N,P): the gradient of the state AFTER each chunk, walking backward; what
+// arrives before the first chunk is g_initial. kappa (R,chunks,H,tiles of the state).
+template<typename floatX>
+__global__ void __launch_bounds__(128)
+ssd_g_states_kernel(floatX *g_states, float *kappa, float *g_initial, const floatX *states,
+                    const floatX *g_y, const float *g_final, const floatX *xBC, const float *cs,
+                    const float *dts, const int *doc, Dims d) {
+    __shared__ Tiles<floatX> tiles;
+    __shared__ float part[4];
+    int across = pieces(d.P, TILE), n0 = blockIdx.x / across * TILE, p0 = blockIdx.x % across * TILE;
+    size_t h = blockIdx.y, r = blockIdx.z;
+    size_t head = (r * d.H + h) * d.N * d.P;               // in g_initial and g_final
+    auto inside = [&](int n, int p) { return n0 + n < d.N && p0 + p < d.P; };
+    auto at = [&](int n, int p) { return (n0 + n) * d.P + p0 + p; };
+    float acc[8][4] = {};
+    if (g_final) {
+        each(acc, [&](float &v, int n, int p) { v = inside(n, p) ? g_final[head + at(n, p)] : 0.0f; });
+    }
+    for (size_t c = d.chunks; c-- > 0;) {
+        Chunk<floatX> k(d, c, h, r, xBC, cs, dts, doc);
+        size_t state = (k.number * d.H + h) * d.N * d.P;
+        const floatX *gy = g_y + k.token * d.E + h * d.P;
+        float through = k.through(), sum = 0.0f;
+        each(acc, [&](float &v, int n, int p) {
+            if (inside(n, p)) {
+                sum += (float)states[state + at(n, p)] * v;
+                g_states[state + at(n, p)] = (floatX)v;
+            }
+            v *= through;
+        });
+        sum = warp_sum(sum);
+        if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = sum;
+        multiply<ACROSS_K, ACROSS_K>(acc, tiles, 0, k.rows,
+            [&](int n, int l) {
+                return n0 + n < d.N ? (float)k.C[l * d.S + n0 + n] * k.from_start(l) : 0.0f;
+            },
+            [&](int l, int p) { return p0 + p < d.P ? (float)gy[l * d.E + p0 + p] : 0.0f; });
+        if (threadIdx.x == 0) {                            // multiply began with a barrier
+            kappa[(k.number * d.H + h) * gridDim.x + blockIdx.x] =
+                through * (part[0] + part[1] + part[2] + part[3]);
+        }
+        __syncthreads();
+    }
+    if (g_initial) {
+        each(acc, [&](float v, int n, int p) { if (inside(n, p)) g_initial[head + at(n, p)] = v; });
+    }
+}
+
+// 64 rows s of a chunk of a head: R = diag(exp(cs_last - cs)) B gS + (CB o L)^T g_y, and from it
+// g_x = dt R + D g_y and the direct part of g_dt, R . x. g_D_part (R,chunks,row tiles,H).
+template<typename floatX>
+__global__ void __launch_bounds__(128)
+ssd_g_x_kernel(floatX *g_xBC, float *g_dts, float *g_D_part, const floatX *g_states, const floatX *g_y,
+               const floatX *xBC, const float *CB, const float *cs, const float *dts, const float *D,
+               const int *doc, Dims d) {
+    __shared__ Tiles<floatX> tiles;
+    __shared__ float part[4];
+    int side = pieces(d.Q, TILE), s0 = blockIdx.x % side * TILE;
+    size_t h = blockIdx.y;
+    Chunk<floatX> k(d, blockIdx.x / side, h, blockIdx.z, xBC, cs, dts, doc);
+    const floatX *gS = g_states + (k.number * d.H + h) * d.N * d.P;
+    const floatX *gy = g_y + k.token * d.E + h * d.P;
+    floatX *gx = g_xBC + k.token * d.S + h * d.P;
+    CB += (k.number * d.G + k.group) * d.Q * d.Q;
+    float skip = D[h], Rx[2] = {}, yx[2] = {};
+    for (int p0 = 0; p0 < d.P; p0 += TILE) {
+        float acc[8][4] = {}, sum[2];
+        auto inside = [&](int s, int p) { return s0 + s < k.rows && p0 + p < d.P; };
+        auto x = [&](int s, int p) { return (float)k.x[(s0 + s) * d.S + p0 + p]; };
+        auto y = [&](int l, int p) { return (float)gy[l * d.E + p0 + p]; };
+        multiply<ALONG_K, ACROSS_K>(acc, tiles, 0, d.N,
+            [&](int s, int n) { return s0 + s < k.rows ? (float)k.B[(s0 + s) * d.S + n] : 0.0f; },
+            [&](int n, int p) { return p0 + p < d.P ? (float)gS[n * d.P + p0 + p] : 0.0f; });
+        scale_rows(acc, k.to_end(s0 + acc_row(0)), k.to_end(s0 + acc_row(2)));
+        multiply<ACROSS_K, ACROSS_K>(acc, tiles, s0, k.rows,
+            [&](int s, int l) {
+                return s0 + s < k.rows ? CB[l * d.Q + s0 + s] * k.L(l, s0 + s) : 0.0f;
+            },
+            [&](int l, int p) { return p0 + p < d.P ? y(l, p) : 0.0f; });
+        row_sums(sum, acc, [&](float v, int s, int p) { return inside(s, p) ? v * x(s, p) : 0.0f; });
+        Rx[0] += sum[0];
+        Rx[1] += sum[1];
+        row_sums(sum, acc, [&](float, int s, int p) {
+            return inside(s, p) ? x(s, p) * y(s0 + s, p) : 0.0f;
+        });
+        yx[0] += sum[0];
+        yx[1] += sum[1];
+        each(acc, [&](float v, int s, int p) {
+            if (!inside(s, p)) return;
+            gx[(s0 + s) * d.S + p0 + p] = (floatX)(k.dt[s0 + s] * v + skip * y(s0 + s, p));
+        });
+    }
+    bool first = threadIdx.x % 4 == 0;                     // of the lanes that share a row
+    UNROLL for (int i = 0; i < 2; i++) {
+        int s = s0 + acc_row(2 * i);
+        if (first && s < d.Q) g_dts[k.dt - dts + s] = Rx[i];
+    }
+    float sum = warp_sum(first ? yx[0] + yx[1] : 0.0f);
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        g_D_part[(k.number * side + blockIdx.x % side) * d.H + h] = part[0] + part[1] + part[2] + part[3];
+    }
+}
+
+// 64 rows l of a chunk and group: g_CB (R,chunks,G,Q,Q), summed over the heads of the group, and the
+// row sums of each head's G. G is made of L o CB as ssd_g_x_kernel rounds it, so that its row sums and
+// the column sums that are in R . x cancel as they must.
+template<typename floatX>
+__global__ void __launch_bounds__(128)
+ssd_g_CB_kernel(float *g_CB, float *rowsum, const floatX *g_y, const floatX *xBC, const float *CB,
+                const float *cs, const float *dts, const int *doc, Dims d) {
+    __shared__ Tiles<floatX> tiles;
+    int side = pieces(d.Q, TILE), l0 = blockIdx.x % side * TILE;
+    size_t c = blockIdx.x / side, g = blockIdx.y, r = blockIdx.z, heads = d.H / d.G;
+    size_t square = ((r * d.chunks + c) * d.G + g) * d.Q * d.Q;
+    CB += square;
+    g_CB += square;
+    for (int s0 = 0; s0 <= l0; s0 += TILE) {
+        float total[8][4] = {};
+        for (size_t h = g * heads; h < (g + 1) * heads; h++) {
+            Chunk<floatX> k(d, c, h, r, xBC, cs, dts, doc);
+            const floatX *gy = g_y + k.token * d.E + h * d.P;
+            float acc[8][4] = {}, sum[2];
+            multiply<ALONG_K, ALONG_K>(acc, tiles, 0, d.P,
+                [&](int l, int p) { return l0 + l < k.rows ? (float)gy[(l0 + l) * d.E + p] : 0.0f; },
+                [&](int p, int s) { return s0 + s < k.rows ? (float)k.x[(s0 + s) * d.S + p] : 0.0f; });
+            each(acc, [&](float &v, int, int s) { v *= s0 + s < k.rows ? k.dt[s0 + s] : 0.0f; });
+            row_sums(sum, acc, [&](float v, int l, int s) {
+                float L = k.L(l0 + l, s0 + s);
+                return L != 0.0f ? v * (float)(floatX)(CB[(l0 + l) * d.Q + s0 + s] * L) : 0.0f;
+            });
+            UNROLL for (int i = 0; i < 2; i++) {
+                int l = l0 + acc_row(2 * i);
+                float *to = rowsum + (k.dt - dts) + l;
+                if (threadIdx.x % 4 == 0 && l < d.Q) *to = (s0 ? *to : 0.0f) + sum[i];
+            }
+            each(acc, [&](float &v, int l, int s) { v *= k.L(l0 + l, s0 + s); });
+            UNROLL for (int j = 0; j < 8; j++) {
+                UNROLL for (int e = 0; e < 4; e++) {
+                    total[j][e] += acc[j][e];
+                }
+            }
+        }
+        each(total, [&](float v, int l, int s) {
+            if (l0 + l < d.Q && s0 + s < d.Q) g_CB[(l0 + l) * d.Q + s0 + s] = v;
+        });
+    }
+}
+
+// g_C (OF_C) or g_B, 64 rows of a chunk and group: the product with g_CB, and every head's part, made
+// of g_y and S, or x and gS. pi is the growth that a head's part brings to C . g_C.
+template<bool OF_C, typename floatX>
+__global__ void __launch_bounds__(128)
+ssd_g_BC_kernel(floatX *g_xBC, float *pi, const float *g_CB, const floatX *states, const floatX *g_y,
+                const floatX *xBC, const float *cs, const float *dts, const int *doc, Dims d) {
+    __shared__ Tiles<floatX> tiles;
+    int side = pieces(d.Q, TILE), l0 = blockIdx.x % side * TILE;
+    size_t c = blockIdx.x / side, g = blockIdx.y, r = blockIdx.z, heads = d.H / d.G;
+    g_CB += ((r * d.chunks + c) * d.G + g) * d.Q * d.Q;
+    for (int n0 = 0; n0 < d.N; n0 += TILE) {
+        Chunk<floatX> k(d, c, g * heads, r, xBC, cs, dts, doc);
+        float total[8][4] = {};
+        multiply<OF_C ? ALONG_K : ACROSS_K, ACROSS_K>(
+            total, tiles, OF_C ? 0 : l0, OF_C ? min(l0 + TILE, k.rows) : k.rows,
+            [&](int l, int s) {
+                size_t row = OF_C ? l0 + l : s, column = OF_C ? s : l0 + l;
+                return l0 + l < k.rows && column <= row ? g_CB[row * d.Q + column] : 0.0f;
+            },
+            [&](int s, int n) { return n0 + n < d.N ? (float)(OF_C ? k.B : k.C)[s * d.S + n0 + n] : 0.0f; });
+        for (size_t h = g * heads; h < (g + 1) * heads; h++) {
+            Chunk<floatX> k(d, c, h, r, xBC, cs, dts, doc);
+            const floatX *S = states + (k.number * d.H + h) * d.N * d.P;
+            const floatX *in = OF_C ? g_y + k.token * d.E + h * d.P : k.x;
+            size_t pitch = OF_C ? d.E : d.S;
+            float acc[8][4] = {}, sum[2];
+            multiply<ALONG_K, ALONG_K>(acc, tiles, 0, d.P,
+                [&](int l, int p) { return l0 + l < k.rows ? (float)in[(l0 + l) * pitch + p] : 0.0f; },
+                [&](int p, int n) { return n0 + n < d.N ? (float)S[(n0 + n) * d.P + p] : 0.0f; });
+            auto decay = [&](int l) {
+                return OF_C ? k.from_start(l) : l < k.rows ? k.dt[l] * k.to_end(l) : 0.0f;
+            };
+            scale_rows(acc, decay(l0 + acc_row(0)), decay(l0 + acc_row(2)));
+            UNROLL for (int j = 0; j < 8; j++) {
+                UNROLL for (int e = 0; e < 4; e++) {
+                    total[j][e] += acc[j][e];
+                }
+            }
+            if (!OF_C) continue;
+            row_sums(sum, acc, [&](float v, int l, int n) {
+                return l0 + l < k.rows && n0 + n < d.N ? v * (float)k.C[(l0 + l) * d.S + n0 + n] : 0.0f;
+            });
+            UNROLL for (int i = 0; i < 2; i++) {
+                int l = l0 + acc_row(2 * i);
+                float *to = pi + (k.dt - dts) + l;
+                if (threadIdx.x % 4 == 0 && l < d.Q) *to = (n0 ? *to : 0.0f) + sum[i];
+            }
+        }
+        floatX *out = g_xBC + k.token * d.S + d.E + (OF_C ? d.G : 0) * d.N + g * d.N;
+        each(total, [&](float v, int l, int n) {
+            if (l0 + l < k.rows && n0 + n < d.N) out[(l0 + l) * d.S + n0 + n] = (floatX)v;
+        });
+    }
+}
+
+// The sums over the steps of a chunk, by one warp per head: da_t, the gradient of dt A at t; from it
+// g_dt (n,H) and this chunk's part of g_A, g_A_part (R,chunks,H).
+__global__ void __launch_bounds__(256)
+ssd_finish_kernel(float *g_dt, float *g_A_part, const float *g_dts, const float *rowsum, const float *pi,
+                  const float *kappa, const float *dts, const float *A_log, unsigned parts, Dims d) {
+    size_t c = blockIdx.x, h = blockIdx.y * 8 + threadIdx.x / 32, r = blockIdx.z;
+    if (h >= d.H) return;
+    size_t lane = threadIdx.x % 32, number = r * d.chunks + c, token = r * d.T + c * d.Q;
+    size_t at = ((r * d.H + h) * d.chunks + c) * d.Q, rows = min(d.Q, d.T - c * d.Q);
+    float a = -expf(A_log[h]), from_state = 0.0f, before = 0.0f, after = 0.0f, sum = 0.0f;
+    for (unsigned i = 0; i < parts; i++) {
+        from_state += kappa[(number * d.H + h) * parts + i];
+    }
+    for (size_t l0 = round_up(rows, 32); l0 > 0; l0 -= 32) {       // from the end: the sums of pi
+        size_t l = l0 - 1 - lane;
+        float from_l = after + warp_scan(l < rows ? pi[at + l] : 0.0f);
+        after = __shfl_sync(~0u, from_l, 31);
+        if (l < rows) g_dt[(token + l) * d.H + h] = from_l;
+    }
+    __syncwarp();
+    for (size_t l0 = 0; l0 < rows; l0 += 32) {                     // from the start: the sums of q
+        size_t l = l0 + lane, to = (token + l) * d.H + h;
+        float q = l < rows ? dts[at + l] * g_dts[at + l] - rowsum[at + l] : 0.0f;
+        float upto = before + warp_scan(q);
+        float before_l = __shfl_up_sync(~0u, upto, 1);
+        if (lane == 0) before_l = before;
+        before = __shfl_sync(~0u, upto, 31);
+        if (l >= rows) continue;
+        float da = before_l + g_dt[to] + from_state;
+        sum += dts[at + l] * da;
+        g_dt[to] = g_dts[at + l] + a * da;
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) g_A_part[number * d.H + h] = sum;
+}
+
+// g_A_log += A * sum of g_A_part; g_D += sum of g_D_part. A block per head.
+__global__ void __launch_bounds__(128)
+ssd_head_sums_kernel(float *g_A_log, float *g_D, const float *g_A_part, const float *g_D_part,
+                     const float *A_log, size_t chunks, size_t row_tiles, size_t H) {
+    __shared__ float part[4];
+    size_t h = blockIdx.x, count = blockIdx.y ? chunks * row_tiles : chunks;
+    const float *from = blockIdx.y ? g_D_part : g_A_part;
+    float sum = 0.0f;
+    for (size_t i = threadIdx.x; i < count; i += 128) {
+        sum += from[i * H + h];
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    sum = part[0] + part[1] + part[2] + part[3];
+    if (blockIdx.y) g_D[h] += sum;
+    else g_A_log[h] -= expf(A_log[h]) * sum;
+}
+
+// g_xBC, g_dt =; g_A_log, g_D +=; g_initial = or NULL; g_final may be NULL; g_states is work
+template<typename floatX>
+static void ssd_backward(const Dims *d, floatX *g_xBC, float *g_dt, float *g_A_log, float *g_D,
+                         float *g_initial, const floatX *g_y, const float *g_final,
+                         const floatX *states, floatX *g_states, const floatX *xBC, const float *dt,
+                         const float *A_log, const float *D, const float *initial, const int *doc) {
+    (void)initial;                                         // it is the first of states
+    unsigned R = d->R, H = d->H, G = d->G, chunks = d->chunks, side = pieces(d->Q, TILE);
+    unsigned across = pieces(d->P, TILE), parts = pieces(d->N, TILE) * across;
+    size_t steps = d->R * d->H * d->chunks * d->Q, pairs = d->R * d->chunks * d->G * d->Q * d->Q;
+    size_t heads = d->R * d->chunks * d->H;
+    float *cs = workspace(5 * steps + 2 * pairs + heads * (parts + 1 + side));
+    float *dts = cs + steps, *g_dts = dts + steps, *rowsum = g_dts + steps, *pi = rowsum + steps;
+    float *CB = pi + steps, *g_CB = CB + pairs, *kappa = g_CB + pairs;
+    float *g_A_part = kappa + heads * parts, *g_D_part = g_A_part + heads;
+    ssd_prepare_kernel<<<dim3(chunks, pieces(H, 8), R), 256, 0, stream>>>(cs, dts, dt, A_log, *d);
+    LAUNCHED();
+    ssd_CB_kernel<floatX><<<dim3(chunks * side * side, G, R), 128, 0, stream>>>(CB, xBC, cs, dts, *d);
+    LAUNCHED();
+    ssd_g_states_kernel<floatX><<<dim3(parts, H, R), 128, 0, stream>>>(
+        g_states, kappa, g_initial, states, g_y, g_final, xBC, cs, dts, doc, *d);
+    LAUNCHED();
+    ssd_g_x_kernel<floatX><<<dim3(chunks * side, H, R), 128, 0, stream>>>(
+        g_xBC, g_dts, g_D_part, g_states, g_y, xBC, CB, cs, dts, D, doc, *d);
+    LAUNCHED();
+    ssd_g_CB_kernel<floatX><<<dim3(chunks * side, G, R), 128, 0, stream>>>(
+        g_CB, rowsum, g_y, xBC, CB, cs, dts, doc, *d);
+    LAUNCHED();
+    ssd_g_BC_kernel<true, floatX><<<dim3(chunks * side, G, R), 128, 0, stream>>>(
+        g_xBC, pi, g_CB, states, g_y, xBC, cs, dts, doc, *d);
+    LAUNCHED();
+    ssd_g_BC_kernel<false, floatX><<<dim3(chunks * side, G, R), 128, 0, stream>>>(
+        g_xBC, pi, g_CB, g_states, g_y, xBC, cs, dts, doc, *d);
+    LAUNCHED();
+    ssd_finish_kernel<<<dim3(chunks, pieces(H, 8), R), 256, 0, stream>>>(
+        g_dt, g_A_part, g_dts, rowsum, pi, kappa, dts, A_log, parts, *d);
+    LAUNCHED();
+    ssd_head_sums_kernel<<<dim3(H, 2), 128, 0, stream>>>(
+        g_A_log, g_D, g_A_part, g_D_part, A_log, d->R * d->chunks, side, d->H);
+    LAUNCHED();
+}
+
+// == gated rmsnorm ================================================================================
+// o = v^ w, v = y silu(z), v^ = v rstd over each group of E/G columns; z: the first columns of zxBCdt
+// backward: g_v = rstd (w g_o - v^ mean(v^ w g_o));  g_y = g_v silu(z);  g_z = g_v y silu'(z);
+//           g_w += sum over rows of v^ g_o
+
+template<int K, typename floatX>
+__global__ void __launch_bounds__(512)
+gated_rmsnorm_forward_kernel(floatX *o, float *rstd, const floatX *y, const floatX *zxBCdt,
+                             const float *w, Dims d) {
+    __shared__ float part[32];
+    size_t row = blockIdx.x, columns = d.E / d.G, first = blockIdx.y * columns;
+    Vec v[K];
+    float sum = 0.0f;
+    UNROLL for (int k = 0; k < K; k++) {
+        size_t c = (threadIdx.x + k * blockDim.x) * 8;
+        v[k] = load(y + row * d.E + first, c, columns);
+        Vec z = load(zxBCdt + row * d.pitch + first, c, columns);
+        UNROLL for (int i = 0; i < 8; i++) {
+            v[k].v[i] *= z.v[i] * sigmoid(z.v[i]);
+            sum += v[k].v[i] * v[k].v[i];
+        }
+    }
+    float scale = 1.0f / sqrtf(block_sum(sum, part) / columns + NORM_EPS);
+    if (threadIdx.x == 0) rstd[row * d.G + blockIdx.y] = scale;
+    UNROLL for (int k = 0; k < K; k++) {
+        size_t c = (threadIdx.x + k * blockDim.x) * 8;
+        Vec weight = load(w + first, c, columns);
+        UNROLL for (int i = 0; i < 8; i++) {
+            v[k].v[i] *= scale * weight.v[i];
+        }
+        store(o + row * d.E + first, c, columns, v[k]);
+    }
+}
+// o (n,E), rstd (n,G)
+template<typename floatX>
+static void gated_rmsnorm_forward(const Dims *d, floatX *o, float *rstd, const floatX *y,
+                                  const floatX *zxBCdt, const float *w) {
+    by_columns(d->E / d->G, [&](auto K, unsigned threads) {
+        dim3 grid((unsigned)d->n, (unsigned)d->G);
+        gated_rmsnorm_forward_kernel<K(), floatX><<<grid, threads, 0, stream>>>(
+            o, rstd, y, zxBCdt, w, *d);
+    });
+    LAUNCHED();
+}
+
+template<int K, typename floatX>
+__global__ void __launch_bounds__(512)
+gated_rmsnorm_backward_kernel(floatX *g_y, floatX *g_zxBCdt, float *g_w_parts, const floatX *g_o,
+                              const floatX *y, const floatX *zxBCdt, const float *rstd, const float *w,
+                              Dims d, size_t span) {
+    __shared__ float part[2][32];
+    size_t columns = d.E / d.G, first = blockIdx.y * columns;
+    Vec weight[K], g_w[K] = {};
+    UNROLL for (int k = 0; k < K; k++) {
+        weight[k] = load(w + first, (threadIdx.x + k * blockDim.x) * 8, columns);
+    }
+    for (size_t row = blockIdx.x * span; row < min(d.n, (blockIdx.x + 1) * span); row++) {
+        Vec g[K], x[K], z[K];
+        float dot = 0.0f, scale = rstd[row * d.G + blockIdx.y];
+        UNROLL for (int k = 0; k < K; k++) {
+            size_t c = (threadIdx.x + k * blockDim.x) * 8;
+            g[k] = load(g_o + row * d.E + first, c, columns);
+            x[k] = load(y + row * d.E + first, c, columns);
+            z[k] = load(zxBCdt + row * d.pitch + first, c, columns);
+            UNROLL for (int i = 0; i < 8; i++) {
+                float v = x[k].v[i] * z[k].v[i] * sigmoid(z[k].v[i]) * scale;
+                g_w[k].v[i] += v * g[k].v[i];
+                g[k].v[i] *= weight[k].v[i];
+                dot += v * g[k].v[i];
+            }
+        }
+        dot = block_sum(dot, part[row % 2]) / columns;
+        UNROLL for (int k = 0; k < K; k++) {
+            size_t c = (threadIdx.x + k * blockDim.x) * 8;
+            Vec g_x, g_z;
+            UNROLL for (int i = 0; i < 8; i++) {
+                float s = sigmoid(z[k].v[i]), silu = z[k].v[i] * s, in = x[k].v[i];
+                float g_v = scale * (g[k].v[i] - in * silu * scale * dot);
+                g_x.v[i] = g_v * silu;
+                g_z.v[i] = g_v * in * s * (1.0f + z[k].v[i] * (1.0f - s));
+            }
+            store(g_y + row * d.E + first, c, columns, g_x);
+            store(g_zxBCdt + row * d.pitch + first, c, columns, g_z);
+        }
+    }
+    UNROLL for (int k = 0; k < K; k++) {
+        size_t c = (threadIdx.x + k * blockDim.x) * 8;
+        store(g_w_parts + blockIdx.x * d.E + first, c, columns, g_w[k]);
+    }
+}
+// writes g_y and its columns of g_zxBCdt; g_w +=
+template<typename floatX>
+static void gated_rmsnorm_backward(const Dims *d, floatX *g_y, floatX *g_zxBCdt, float *g_w,
+                                   const floatX *g_o, const floatX *y, const floatX *zxBCdt,
+                                   const float *rstd, const float *w) {
+    size_t span = pieces(d->n, PARTS), parts = pieces(d->n, span);
+    float *g_w_parts = workspace(parts * d->E);
+    by_columns(d->E / d->G, [&](auto K, unsigned threads) {
+        dim3 grid((unsigned)parts, (unsigned)d->G);
+        gated_rmsnorm_backward_kernel<K(), floatX><<<grid, threads, 0, stream>>>(
+            g_y, g_zxBCdt, g_w_parts, g_o, y, zxBCdt, rstd, w, *d, span);
+    });
+    LAUNCHED();
+    add_parts(g_w, g_w_parts, parts, d->E, d->E);
+}
+
+// == swiglu =======================================================================================
+// h = a silu(b), ab (n,2F): a | b;  g_a = g_h silu(b);  g_b = g_h a silu'(b)
+
+template<typename floatX>
+__global__ void __launch_bounds__(256) swiglu_forward_kernel(floatX *h, const floatX *ab, Dims d) {
+    size_t row = blockIdx.x, c = (blockIdx.y * (size_t)256 + threadIdx.x) * 8;
+    Vec a = load(ab + row * 2 * d.F, c, d.F), b = load(ab + row * 2 * d.F + d.F, c, d.F);
+    UNROLL for (int i = 0; i < 8; i++) {
+        a.v[i] *= b.v[i] * sigmoid(b.v[i]);
+    }
+    store(h + row * d.F, c, d.F, a);
+}
+template<typename floatX>
+static void swiglu_forward(const Dims *d, floatX *h, const floatX *ab) {
+    swiglu_forward_kernel<floatX><<<dim3((unsigned)d->n, pieces(d->F, 2048)), 256, 0, stream>>>(
+        h, ab, *d);
+    LAUNCHED();
+}
+
+template<typename floatX>
+__global__ void __launch_bounds__(256)
+swiglu_backward_kernel(floatX *g_ab, const floatX *g_h, const floatX *ab, Dims d) {
+    size_t row = blockIdx.x, c = (blockIdx.y * (size_t)256 + threadIdx.x) * 8;
+    Vec a = load(ab + row * 2 * d.F, c, d.F), b = load(ab + row * 2 * d.F + d.F, c, d.F);
+    Vec g = load(g_h + row * d.F, c, d.F);
+    UNROLL for (int i = 0; i < 8; i++) {
+        float s = sigmoid(b.v[i]), g_b = g.v[i] * a.v[i] * s * (1.0f + b.v[i] * (1.0f - s));
+        a.v[i] = g.v[i] * b.v[i] * s;
+        b.v[i] = g_b;
+    }
+    store(g_ab + row * 2 * d.F, c, d.F, a);
+    store(g_ab + row * 2 * d.F + d.F, c, d.F, b);
+}
+template<typename floatX>
+static void swiglu_backward(const Dims *d, floatX *g_ab, const floatX *g_h, const floatX *ab) {
+    swiglu_backward_kernel<floatX><<<dim3((unsigned)d->n, pieces(d->F, 2048)), 256, 0, stream>>>(
+        g_ab, g_h, ab, *d);
+    LAUNCHED();
+}
+
+// == classifier ===================================================================================
+// logits = hidden weight^T;  loss = log(sum of exp(logits)) - logits[target];
+// g_logits = (softmax - onehot(target)) scale, over the logits;  g_hidden, g_weight as in linear
+// The logits of all rows would be the largest tensor of all: they live a slab of rows at a time.
+
+// A row to a block: the greatest logit and the sum of exp(logit - greatest), as one pair.
+struct Partition {
+    float greatest, sum;
+};
+__device__ inline Partition join(Partition a, Partition b) {
+    float greatest = max(a.greatest, b.greatest);
+    if (greatest == -INFINITY) return Partition{greatest, 0.0f};
+    return Partition{greatest, a.sum * expf(a.greatest - greatest) + b.sum * expf(b.greatest - greatest)};
+}
+
+template<typename Logit>
+__global__ void __launch_bounds__(512)
+cross_entropy_kernel(float *losses, Logit *logits, const int *targets, float scale, int backward,
+                     size_t V) {
+    __shared__ Partition part[16];
+    size_t row = blockIdx.x, target = targets[row];
+    logits += row * V;
+    Partition all = {-INFINITY, 0.0f};
+    for (size_t c = threadIdx.x * 8; c < V; c += 512 * 8) {
+        Vec x = load(logits, c, V);
+        float greatest = -INFINITY, sum = 0.0f;
+        UNROLL for (int i = 0; i < 8; i++) {
+            if (c + i < V) greatest = max(greatest, x.v[i]);
+        }
+        UNROLL for (int i = 0; i < 8; i++) {
+            if (c + i < V) sum += expf(x.v[i] - greatest);
+        }
+        all = join(all, Partition{greatest, sum});
+    }
+    for (int lanes = 16; lanes; lanes /= 2) {
+        float greatest = __shfl_xor_sync(~0u, all.greatest, lanes);
+        float sum = __shfl_xor_sync(~0u, all.sum, lanes);
+        all = join(all, Partition{greatest, sum});
+    }
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = all;
+    if (threadIdx.x == 0) losses[row] = (float)logits[target];     // before anyone overwrites it
+    __syncthreads();
+    all = part[0];
+    for (int w = 1; w < 16; w++) {
+        all = join(all, part[w]);
+    }
+    if (threadIdx.x == 0) losses[row] = logf(all.sum) + all.greatest - losses[row];
+    if (!backward) return;
+    for (size_t c = threadIdx.x * 8; c < V; c += 512 * 8) {
+        Vec x = load(logits, c, V);
+        UNROLL for (int i = 0; i < 8; i++) {
+            float p = expf(x.v[i] - all.greatest) / all.sum;
+            x.v[i] = (p - (c + i == target ? 1.0f : 0.0f)) * scale;
+        }
+        store(logits, c, V, x);
+    }
+}
+
+// losses (n); g_hidden (n,M) =, g_weight (V,M) (+)= by add; logits is room for `slab` rows. With
+// g_hidden NULL only the losses are worked out, from float logits (so slab rows of float).
+template<typename floatX>
+static void classifier(const Dims *d, float *losses, floatX *g_hidden, float *g_weight,
+                       const floatX *hidden, const floatX *weight, const int *targets, float scale,
+                       int add, void *logits, size_t slab) {
+    for (size_t row = 0; row < d->n; row += slab) {
+        size_t rows = d->n - row < slab ? d->n - row : slab;
+        const floatX *in = hidden + row * d->M;
+        if (g_hidden) {
+            floatX *x = (floatX *)logits;
+            linear_forward(x, in, weight, rows, d->M, d->V, 0);
+            cross_entropy_kernel<floatX><<<(unsigned)rows, 512, 0, stream>>>(
+                losses + row, x, targets + row, scale, 1, d->V);
+            LAUNCHED();
+            linear_backward(g_hidden + row * d->M, g_weight, x, in, weight, rows, d->M, d->V,
+                            add || row > 0);
+        } else {
+            float *x = (float *)logits;
+            linear_forward(x, in, weight, rows, d->M, d->V, 0);
+            cross_entropy_kernel<float><<<(unsigned)rows, 512, 0, stream>>>(
+                losses + row, x, targets + row, scale, 0, d->V);
+            LAUNCHED();
+        }
+    }
+}
+
+// == update =======================================================================================
+// AdamW as in the C file, with the gradients scaled by min(1, clip / (norm + 1e-6)). What changes from
+// step to step lies in one struct on the device, so that a captured graph of a step stays valid.
+struct StepScalars {
+    float lr, beta1, beta2, eps, decay, clip;
+    float correct1, correct2;                              // 1 - beta^t
+    float norm, scale;                                     // worked out on the device; scale 0: no update
+};
+
+// The sum of squares in two stages; NORM_PARTS is a constant, so that the bits are the card's alone.
+constexpr unsigned NORM_PARTS = 1024;
+__global__ void __launch_bounds__(256)
+sum_squares_kernel(float *parts, const float *grads, size_t count) {
+    __shared__ float part[32];
+    float sum = 0.0f;
+    for (size_t i = (blockIdx.x * (size_t)256 + threadIdx.x) * 8; i < count; i += NORM_PARTS * 256 * 8) {
+        Vec g = load(grads, i, count);
+        UNROLL for (int k = 0; k < 8; k++) {
+            sum += g.v[k] * g.v[k];
+        }
+    }
+    sum = block_sum(sum, part);
+    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+}
+__global__ void __launch_bounds__(256) norm_kernel(StepScalars *step, const float *parts) {
+    __shared__ float part[32];
+    float sum = 0.0f;
+    for (unsigned i = threadIdx.x; i < NORM_PARTS; i += 256) {
+        sum += parts[i];
+    }
+    sum = block_sum(sum, part);
+    if (threadIdx.x > 0) return;
+    float norm = sqrtf(sum), scale = 1.0f;
+    if (step->clip > 0.0f) scale = min(1.0f, step->clip / (norm + 1e-6f));
+    step->norm = norm;
+    step->scale = isfinite(norm) ? scale : 0.0f;
+}
+// step->norm, step->scale from all gradients together
+static void gradient_norm(StepScalars *step, const float *grads, size_t count) {
+    float *parts = workspace(NORM_PARTS);
+    sum_squares_kernel<<<NORM_PARTS, 256, 0, stream>>>(parts, grads, count);
+    LAUNCHED();
+    norm_kernel<<<1, 256, 0, stream>>>(step, parts);
+    LAUNCHED();
+}
+
+// copy: the parameter in floatX for matrix products, or NULL
+template<typename floatX>
+__global__ void __launch_bounds__(256)
+adamw_kernel(float *param, floatX *copy, float *m, float *v, const float *grads,
+             const StepScalars *step, int decays, size_t count) {
+    size_t at = (blockIdx.x * (size_t)256 + threadIdx.x) * 8;
+    if (at >= count || step->scale == 0.0f) return;
+    StepScalars s = *step;
+    float shrink = decays ? 1.0f - s.lr * s.decay : 1.0f;
+    Vec w = load(param, at, count), g = load(grads, at, count);
+    Vec m1 = load(m, at, count), m2 = load(v, at, count);
+    UNROLL for (int i = 0; i < 8; i++) {
+        float grad = g.v[i] * s.scale;
+        m1.v[i] = s.beta1 * m1.v[i] + (1.0f - s.beta1) * grad;
+        m2.v[i] = s.beta2 * m2.v[i] + (1.0f - s.beta2) * grad * grad;
+        float root = sqrtf(m2.v[i] / s.correct2) + s.eps;
+        w.v[i] = w.v[i] * shrink - s.lr * (m1.v[i] / s.correct1) / root;
+    }
+    store(param, at, count, w);
+    store(m, at, count, m1);
+    store(v, at, count, m2);
+    if (copy) store(copy, at, count, w);
+}
+template<typename floatX>
+static void adamw(float *param, floatX *copy, float *m, float *v, const float *grads,
+                  const StepScalars *step, int decays, size_t count) {
+    adamw_kernel<floatX><<<pieces(count, 2048), 256, 0, stream>>>(
+        param, copy, m, v, grads, step, decays, count);
+    LAUNCHED();
+}
+
+// == one step of generation =======================================================================
+// The recurrence itself: T = 1, the state (R,H,N,P) and the last inputs of the convolution (R,W-1,S)
+// are kept from token to token.
+
+template<typename floatX>
+__global__ void __launch_bounds__(256)
+conv1d_step_kernel(floatX *xBC, floatX *past, const floatX *zxBCdt, const float *w, const float *b,
+                   Dims d) {
+    size_t c = blockIdx.x * (size_t)256 + threadIdx.x, r = blockIdx.y;
+    if (c >= d.S) return;
+    floatX now = zxBCdt[r * d.pitch + d.E + c];
+    float pre = b[c] + w[c * d.W + d.W - 1] * (float)now;
+    for (size_t k = 0; k + 1 < d.W; k++) {
+        floatX *slot = past + (r * (d.W - 1) + k) * d.S + c;
+        pre += w[c * d.W + k] * (float)*slot;
+        *slot = k + 2 < d.W ? slot[d.S] : now;
+    }
+    xBC[r * d.S + c] = (floatX)(pre * sigmoid(pre));
+}
+template<typename floatX>
+static void conv1d_step(const Dims *d, floatX *xBC, floatX *past, const floatX *zxBCdt, const float *w,
+                        const float *b) {
+    conv1d_step_kernel<floatX><<<dim3(pieces(d->S, 256), (unsigned)d->R), 256, 0, stream>>>(
+        xBC, past, zxBCdt, w, b, *d);
+    LAUNCHED();
+}
+
+// A thread per column p of a head: it owns the state's column, and sums over n alone.
+template<typename floatX>
+__global__ void __launch_bounds__(128)
+ssd_step_kernel(floatX *y, float *state, const floatX *xBC, const float *dt, const float *A_log,
+                const float *D, Dims d) {
+    size_t p = blockIdx.x * (size_t)128 + threadIdx.x, h = blockIdx.y, r = blockIdx.z;
+    if (p >= d.P) return;
+    const floatX *row = xBC + r * d.S, *B = row + d.E + h / (d.H / d.G) * d.N, *C = B + d.G * d.N;
+    float *S = state + (r * d.H + h) * d.N * d.P + p;
+    float step = dt[r * d.H + h], decay = expf(-step * expf(A_log[h]));
+    float x = (float)row[h * d.P + p], sum = D[h] * x;
+    for (size_t n = 0; n < d.N; n++) {
+        float s = decay * S[n * d.P] + step * (float)B[n] * x;
+        S[n * d.P] = s;
+        sum += (float)C[n] * s;
+    }
+    y[r * d.E + h * d.P + p] = (floatX)sum;
+}
+template<typename floatX>
+static void ssd_step(const Dims *d, floatX *y, float *state, const floatX *xBC, const float *dt,
+                     const float *A_log, const float *D) {
+    dim3 grid(pieces(d->P, 128), (unsigned)d->H, (unsigned)d->R);
+    ssd_step_kernel<floatX><<<grid, 128, 0, stream>>>(y, state, xBC, dt, A_log, D, *d);
+    LAUNCHED();
+}
