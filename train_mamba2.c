@@ -63,8 +63,6 @@
 typedef REAL real;                      // the type of all weights, activations and gradients
 
 #ifndef _OPENMP
-static int omp_get_max_threads(void) { return 1; }
-static int omp_get_thread_num(void) { return 0; }
 static void omp_set_num_threads(int n) { (void)n; }
 #endif
 
@@ -389,99 +387,7 @@ static real *allocate(void *tensors, const Spec *specs, size_t count) {
     return block;
 }
 
-// ---- reading flags ---------------------------------------------------------------------------------
-
-static const char *flag_name(size_t i) {                     // --d-model
-    const char *s = str("--%s", flag_specs[i].name);
-    for (char *c = (char *)s; *c; c++) if (*c == '_') *c = '-';
-    return s;
-}
-
-// Gives flag i a value as text; "" is the value of a flag that is decided later.
-static void flag_set(size_t i, const char *text) {
-    const FlagSpec *s = &flag_specs[i];
-    char *field = (char *)&flags + s->offset, *end = NULL;
-    if (!strcmp(s->type, "Str") || !strcmp(s->type, "Opt")) {
-        *(Str *)field = text;
-        return;
-    }
-    double value = *text ? strtod(text, &end) : 0;
-    int whole = s->type[0] != 'N';
-    if (*text) {
-        if (whole) strtoll(text, &end, 10);
-        if (*end || isspace((unsigned char)*text) || !(value >= s->least && value <= s->most))
-            die_usage("%s %s: expected %s from %.15g to %.15g", flag_name(i), text,
-                      whole ? "a whole number" : "a number", s->least, s->most);
-    }
-    if (!whole) *(Num *)field = value;
-    else *(Int *)field = *text ? strtoll(text, &end, 10) : 0;
-}
-
-static void flags_default(void) {
-    for (size_t i = 0; i < FLAG_COUNT; i++) flag_set(i, flag_specs[i].text);
-    flags.compare = NULL;
-}
-
-static void print_help(void) {
-    const char *group = "";
-    printf("Trains Mamba-2 language models, and generates text with them. For example\n\n"
-           "    %s --data 'data/*.txt' --model small --steps 2000 --out out\n"
-           "    %s --out out --generate 200 --prompt 'ROMEO:'\n\n"
-           "Without a flag it trains a small model on Shakespeare. A flag is --name value or "
-           "--name=value.\n", program, program);
-    for (size_t i = 0; i < FLAG_COUNT; i++) {
-        const FlagSpec *s = &flag_specs[i];
-        if (strcmp(group, s->group)) printf("\n%s\n", group = s->group);
-        const char *value = !strcmp(s->type, "Switch") ? "" : !strcmp(s->type, "Opt") ? "[REF[,BASE]]"
-                          : s->type[0] == 'I' ? "N" : s->type[0] == 'N' ? "X" : "S";
-        printf("  %-24s ", str("%s %s", flag_name(i), value));
-        if (!strcmp(s->help, "a preset: PRESETS")) {
-            printf("a preset:");
-            for (size_t k = 0; k < PRESET_COUNT; k++) printf(" %s", presets[k].name);
-        } else printf("%s", s->help);
-        printf(*s->text ? " (%s)\n" : "\n", s->text);
-    }
-}
-
-// Characters that a word on the command line has in common with the name of flag i
-static size_t common_prefix(size_t i, const char *word) {
-    const char *name = flag_name(i);
-    size_t n = 0;
-    while (word[n] && word[n] == name[n]) n++;
-    return n;
-}
-
-static size_t find_flag(const char *word) {
-    size_t size = strcspn(word, "="), best = 0, most = 0;
-    for (size_t i = 0; i < FLAG_COUNT; i++) {
-        size_t n = common_prefix(i, word);
-        if (n == size && strlen(flag_specs[i].name) + 2 == size) return i;
-        if (n > most) best = i, most = n;
-    }
-    die_usage("unknown flag %.*s%s", (int)size, word,
-              most > 3 ? str("; did you mean %s?", flag_name(best)) : "; see --help");
-}
-
-static void flags_parse(int argc, char **argv) {
-    flags_default();
-    for (int a = 1; a < argc; a++) {
-        size_t i = find_flag(argv[a]);
-        const char *type = flag_specs[i].type, *value = strchr(argv[a], '=');
-        if (value) value++;
-        if (!value && !strcmp(type, "Switch")) value = "1";
-        else if (!value && !strcmp(type, "Opt"))
-            value = a + 1 < argc && strncmp(argv[a + 1], "--", 2) ? argv[++a] : "";
-        else if (!value) {
-            if (a + 1 == argc || !strncmp(argv[a + 1], "--", 2))
-                die_usage("%s needs a value", flag_name(i));
-            value = argv[++a];
-        }
-        if (!*value && strcmp(type, "Str") && strcmp(type, "Opt"))
-            die_usage("%s needs a value", flag_name(i));
-        flag_set(i, value);
-        given[i] = 1;
-    }
-}
+#include "dev/lib/flags.h"                // flags_parse, print_help, die_usage
 
 static void expect_one_of(size_t i, const char *value, const char *choices) {
     size_t n = strlen(value);
@@ -499,357 +405,7 @@ static void flags_check(void) {
     if (!*flags.out) die_usage("--out needs a value");
 }
 
-// ================================================================================================
-// Matrix products
-// ================================================================================================
-
-// C[M,N] (+)= A[M,K] B[K,N].  A and B come with a row and a column stride, one of which is 1: that
-// covers products with either operand transposed, without flags.  Three levels, from the inside:
-//   tile    MR x NR of C in registers. For each k: NV vectors of B, MR numbers of A, MR*NV FMAs.
-//   block   TN columns of B (KC x TN reals) stay in L2 while TM rows of A pass over them, MR rows
-//           (KC x MR reals, in L1) at a time.
-//   slab    A (MB rows) and B (NB columns) are copied, KC values of k at a time, into panels in
-//           which every tile reads straight on; all threads pack for all threads, in L3.
-// An element of C is the sum of one chain of FMAs for each KC values of k, in order. KC depends on K
-// alone, so its bits depend neither on the number of threads nor on the other rows and columns.
-
-#if defined __AVX512F__
-#define VECTOR_BYTES 64
-#define MR 8                        // 8 x 3 sums, 3 of B and 1 of A in 32 registers
-#elif defined __AVX__
-#define VECTOR_BYTES 32
-#define MR 4                        // 4 x 3 sums, 3 of B and 1 of A in 16 registers
-#elif defined __aarch64__
-#define VECTOR_BYTES 16
-#define MR 8
-#else
-#define VECTOR_BYTES 16
-#define MR 4
-#endif
-
-#if defined __CUDACC__
-#define UNROLL
-#elif defined __clang__
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-#define INLINE static inline __attribute__((always_inline))
-
-#define BYTES_float 4
-#define BYTES_double 8
-#define PASTE_(a, b) a##b
-#define PASTE(a, b) PASTE_(a, b)
-#define VL (VECTOR_BYTES/PASTE(BYTES_, REAL))       // reals in a vector
-
-enum {
-    NV = 3, NR = NV*VL,                             // columns of a tile
-    KC = 3072/(VECTOR_BYTES/VL), TM = 128, TN = 2*NR, MB = 2048, NB = 12*TN, EDGE = 64
-};
-typedef real vec __attribute__((vector_size(VECTOR_BYTES)));
-typedef real vec_at __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
-
-static int matmul_bf16;             // round A and B to bf16 (the sums stay in fp32)
-static real packed_A[2][MB*KC] __attribute__((aligned(64)));     // two of each: one is being packed
-static real packed_B[2][NB*KC] __attribute__((aligned(64)));     // while the other is still in use
-
-INLINE size_t least(size_t a, size_t b) { return a < b ? a : b; }
-
-static int bf16_available(void) {
-#if defined __AVX512BF16__ || defined BF16_EMULATE
-    return sizeof(real) == 4;
-#else
-    return 0;
-#endif
-}
-
-// sum + a*b in every lane; of bf16 pairs: sum + a.lo*b.lo + a.hi*b.hi
-INLINE vec fma_step(vec sum, const real *a, vec b, const int pairs) {
-#ifdef __AVX512BF16__
-    if (pairs) {
-        int both;
-        memcpy(&both, a, sizeof both);
-        return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(both), (__m512bh)b);
-    }
-#endif
-    (void)pairs;
-    return sum + *a*b;
-}
-
-// C = beta*C + A B for a tile of MR rows and nv vectors
-INLINE void tile(real *C, size_t ldc, const real *A, size_t a_row, size_t a_col,
-                 const real *B, size_t ldb, size_t K, real beta, const int nv, const int pairs) {
-    vec sum[MR][NV];
-    UNROLL for (int i = 0; i < MR; i++)
-        UNROLL for (int j = 0; j < nv; j++) {
-            sum[i][j] = (vec){0};
-            __builtin_prefetch(C + i*ldc + j*VL, 1);
-        }
-    for (size_t k = 0; k < K; k++, A += a_col, B += ldb) {
-        vec b[NV];
-        UNROLL for (int j = 0; j < nv; j++)
-            b[j] = *(const vec_at *)(B + j*VL);
-        UNROLL for (int i = 0; i < MR; i++)
-            UNROLL for (int j = 0; j < nv; j++)
-                sum[i][j] = fma_step(sum[i][j], A + i*a_row, b[j], pairs);
-    }
-    UNROLL for (int i = 0; i < MR; i++)
-        UNROLL for (int j = 0; j < nv; j++) {
-            vec_at *c = (vec_at *)(C + i*ldc + j*VL);
-            if (beta != 0)
-                sum[i][j] += beta * *c;
-            *c = sum[i][j];
-        }
-}
-
-// The tile with its number of vectors as a constant
-INLINE void tile_of(int nv, real *C, size_t ldc, const real *A, size_t a_row, size_t a_col,
-                    const real *B, size_t ldb, size_t K, real beta, const int pairs) {
-    if (nv == 3)      tile(C, ldc, A, a_row, a_col, B, ldb, K, beta, 3, pairs);
-    else if (nv == 2) tile(C, ldc, A, a_row, a_col, B, ldb, K, beta, 2, pairs);
-    else              tile(C, ldc, A, a_row, a_col, B, ldb, K, beta, 1, pairs);
-}
-
-// Packed panels: a (K, MR), b (K, NR).  At C's edge (m < MR or a part of a vector) the tile is
-// computed beside C, by the same operations.
-INLINE void packed_tile(real *C, size_t ldc, const real *a, const real *b, size_t m, size_t n,
-                        size_t K, int add, const int pairs) {
-    int nv = (int)((n + VL-1)/VL);
-    if (m == MR && n == (size_t)nv*VL) {
-        tile_of(nv, C, ldc, a, 1, MR, b, NR, K, add, pairs);
-        return;
-    }
-    real edge[MR*NR] = {0};
-    for (size_t i = 0; add && i < m; i++)
-        memcpy(edge + i*NR, C + i*ldc, n*sizeof(real));
-    tile_of(nv, edge, NR, a, 1, MR, b, NR, K, add, pairs);
-    for (size_t i = 0; i < m; i++)
-        memcpy(C + i*ldc, edge + i*NR, n*sizeof(real));
-}
-
-// Indices that take the elements of two vectors in turn, from `first` on: to zip them
-#define ZIP2(first)  (first), (first) + VL
-#define ZIP4(first)  ZIP2(first), ZIP2((first) + 1)
-#define ZIP8(first)  ZIP4(first), ZIP4((first) + 2)
-#define ZIP16(first) ZIP8(first), ZIP8((first) + 4)
-#if VL == 16
-#define ZIP ZIP16
-#elif VL == 8
-#define ZIP ZIP8
-#elif VL == 4
-#define ZIP ZIP4
-#else
-#define ZIP ZIP2
-#endif
-
-// to[k*w + r] = from[r*line + k] for VL values of k and R <= VL lines, in registers. To zip the
-// first half of the lines with the second half rotates the bits of every element's place, line:k,
-// by one; after log2 R times the place is k:line. Lines from `lines` on repeat the last.
-INLINE void transpose_tile(real *to, size_t w, const int R, const real *from, size_t line,
-                           size_t lines) {
-    vec v[VL], zipped[VL];
-    UNROLL for (int r = 0; r < R; r++)
-        v[r] = *(const vec_at *)(from + least(r, lines - 1)*line);
-    UNROLL for (int bit = 1; bit < R; bit *= 2) {
-        UNROLL for (int r = 0; r < R/2; r++) {
-            zipped[2*r] = __builtin_shufflevector(v[r], v[r + R/2], ZIP(0));
-            zipped[2*r+1] = __builtin_shufflevector(v[r], v[r + R/2], ZIP(VL/2));
-        }
-        UNROLL for (int r = 0; r < R; r++)
-            v[r] = zipped[r];
-    }
-    UNROLL for (int r = 0; r < R; r++)
-        *(vec_at *)(to + r*VL/R*w) = v[r];
-}
-
-static unsigned bf16_bits(real x)    // the nearest bf16, ties to even; NaN stays NaN
-{
-    float f = (float)x;
-    unsigned u;
-    memcpy(&u, &f, sizeof u);
-    return (u & 0x7fffffff) > 0x7f800000 ? u >> 16 | 0x40 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
-}
-
-// Round a panel (K,w) to bf16, in place: two values of k in 32 bits
-static void round_panel(real *panel, size_t K, size_t w) {
-    for (size_t r = 0; K % 2 && r < w; r++)
-        panel[K*w + r] = 0;
-    for (size_t k = 0; k < K; k += 2)
-        for (size_t r = 0; r < w; r++) {
-            unsigned low = bf16_bits(panel[k*w + r]), high = bf16_bits(panel[(k+1)*w + r]);
-#ifdef __AVX512BF16__
-            unsigned both = low | high << 16;
-            memcpy(panel + k/2*w + r, &both, sizeof both);
-#else
-            low <<= 16, high <<= 16;
-            memcpy(panel + k*w + r, &low, sizeof low);
-            memcpy(panel + (k+1)*w + r, &high, sizeof high);
-#endif
-        }
-}
-
-// Pack n <= w lines (rows of A, columns of B) of K values into a panel (K,w)
-INLINE void pack_panel(real *panel, const real *from, size_t line, size_t step,
-                       size_t n, size_t K, const int w) {
-    size_t k = 0;
-    if (line == 1 && n == (size_t)w)
-        for (; k < K; k++)
-            memcpy(panel + k*w, from + k*step, w*sizeof(real));
-    else if (step == 1)
-        for (; k + VL <= K; k += VL)
-            for (size_t r = 0; r < (size_t)w; r += least(w, VL)) {
-                size_t first = least(r, n - 1);
-                transpose_tile(panel + k*w + r, w, w < VL ? w : VL, from + first*line + k, line, n - first);
-            }
-    for (; k < K; k++)
-        for (size_t r = 0; r < (size_t)w; r++)
-            panel[k*w + r] = from[least(r, n - 1)*line + k*step];
-    if (matmul_bf16)
-        round_panel(panel, K, w);
-}
-
-static real dot(const real *a, const real *b, size_t n) {
-    vec sum[4] = {{0}};
-    size_t i = 0;
-    for (; i + 4*VL <= n; i += 4*VL)
-        UNROLL for (int j = 0; j < 4; j++)
-            sum[j] += *(const vec_at *)(a + i + j*VL) * *(const vec_at *)(b + i + j*VL);
-    vec all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    real result = 0;
-    for (int lane = 0; lane < VL; lane++)
-        result += all[lane];
-    for (; i < n; i++)
-        result += a[i]*b[i];
-    return result;
-}
-
-// The length of n's equal blocks: at most `most`, a multiple of `unit`
-static size_t even(size_t n, size_t most, size_t unit) {
-    size_t blocks = (n + most-1)/most;
-    return ((n + blocks-1)/blocks + unit-1)/unit*unit;
-}
-
-// C (m,n) (+)= packed A (m,K) times packed B (K,n)
-INLINE void block(real *C, size_t ldc, const real *a, const real *b, size_t a_panel, size_t b_panel, size_t m, size_t n, size_t K,
-                  int add, const int pairs) {
-    for (size_t i = 0; i < m; i += MR)
-        for (size_t j = 0; j < n; j += NR)
-            packed_tile(C + i*ldc + j, ldc, a + i/MR*a_panel, b + j/NR*b_panel, least(MR, m - i),
-                        least(NR, n - j), K, add, pairs);
-}
-
-static void matmul(real *C, size_t ldc, const real *A, size_t a_row, size_t a_col,
-                   const real *B, size_t b_row, size_t b_col, size_t M, size_t N, size_t K, int add) {
-    if (!M || !N)
-        return;
-    if (!K) {
-        for (size_t i = 0; !add && i < M; i++)
-            memset(C + i*ldc, 0, N*sizeof(real));
-        return;
-    }
-    if (M <= 4 && a_col == 1 && b_row == 1 && !matmul_bf16) {
-        #pragma omp parallel for schedule(static)
-        for (size_t j = 0; j < N; j++)
-            for (size_t i = 0; i < M; i++)
-                C[i*ldc + j] = (add ? C[i*ldc + j] : 0) + dot(A + i*a_row, B + j*b_col, K);
-        return;
-    }
-    size_t kc = even(K, KC, 2*VL), mb = even(M, MB, MR), nb = even(N, NB, NR);
-    #pragma omp parallel
-    {
-        int a_turn = 0, b_turn = 0;
-        for (size_t p = 0; p < K; p += kc)
-        for (size_t i = 0; i < M; i += mb)
-        for (size_t j = 0; j < N; j += nb) {
-            size_t k = least(kc, K - p), m = least(mb, M - i), n = least(nb, N - j), k2 = (k + 1)/2*2;
-            int new_A = j == 0, new_B = i == 0 || N > nb;
-            a_turn ^= new_A, b_turn ^= new_B;
-            real *pa = packed_A[a_turn], *pb = packed_B[b_turn];
-            size_t a_panels = new_A ? (m + MR-1)/MR : 0, b_panels = new_B ? (n + NR-1)/NR : 0;
-            #pragma omp for schedule(dynamic, 4)
-            for (size_t t = 0; t < a_panels + b_panels; t++)
-                if (t < a_panels)
-                    pack_panel(pa + t*MR*k2, A + (i + t*MR)*a_row + p*a_col, a_row, a_col,
-                               least(MR, m - t*MR), k, MR);
-                else {
-                    size_t u = t - a_panels;
-                    pack_panel(pb + u*NR*k2, B + p*b_row + (j + u*NR)*b_col, b_col, b_row,
-                               least(NR, n - u*NR), k, NR);
-                }
-            size_t m_tasks = (m + TM-1)/TM, n_tasks = (n + TN-1)/TN;
-            #pragma omp for schedule(dynamic) nowait
-            for (size_t t = 0; t < m_tasks*n_tasks; t++) {
-                size_t ii = t % m_tasks*TM, jj = t/m_tasks*TN;
-                real *c = C + (i + ii)*ldc + j + jj;
-                size_t mm = least(TM, m - ii), nn = least(TN, n - jj);
-#ifdef __AVX512BF16__
-                if (matmul_bf16)
-                    block(c, ldc, pa + ii*k2, pb + jj*k2, MR*k2, NR*k2, mm, nn, k2/2, add || p, 1);
-                else
-#endif
-                block(c, ldc, pa + ii*k2, pb + jj*k2, MR*k2, NR*k2, mm, nn, k, add || p, 0);
-            }
-        }
-    }
-}
-
-// C = beta*C + A B where B and C have contiguous rows: serial, nothing packed, for small sizes
-static void matmul_small(real *C, size_t ldc, const real *A, size_t a_row, size_t a_col,
-                         const real *B, size_t ldb, size_t M, size_t N, size_t K, real beta) {
-    for (size_t j = 0, n; j < N; j += n) {
-        n = N - j == 4*VL ? 2*VL : least(NR, N - j);
-        if (n > VL)
-            n -= n % VL;
-        for (size_t i = 0; i < M; i += MR) {
-            size_t m = least(MR, M - i), p = 0, k;
-            const real *a = A + i*a_row, *b = B + j;
-            real *c = C + i*ldc + j;
-            if (m == MR && n >= VL) {
-                tile_of((int)(n/VL), c, ldc, a, a_row, a_col, b, ldb, K, beta, 0);
-                continue;
-            }
-            real a_edge[MR*EDGE], b_edge[EDGE*NR] = {0}, c_edge[MR*NR] = {0};
-            for (size_t r = 0; beta != 0 && r < m; r++)
-                memcpy(c_edge + r*NR, c + r*ldc, n*sizeof(real));
-            do {
-                k = least(EDGE, K - p);
-                for (size_t q = 0; q < k; q++) {
-                    for (size_t r = 0; r < MR; r++)
-                        a_edge[q*MR + r] = r < m ? a[r*a_row + (p + q)*a_col] : 0;
-                    memcpy(b_edge + q*NR, b + (p + q)*ldb, n*sizeof(real));
-                }
-                tile_of((int)((n + VL-1)/VL), c_edge, NR, a_edge, 1, MR, b_edge, NR, k, p ? 1 : beta, 0);
-            } while ((p += k) < K);
-            for (size_t r = 0; r < m; r++)
-                memcpy(c + r*ldc, c_edge + r*NR, n*sizeof(real));
-        }
-    }
-}
-
-// FLOP/s of all threads at FMAs on registers alone, for 20 ms: what a matmul could reach at most
-static double fma_peak(void) {
-    const int chains = 12, steps = 20000;           // 12 chains: latency of 4-5, two FMAs a cycle
-    double rate = 0;
-    #pragma omp parallel reduction(+:rate)
-    {
-        static volatile real hidden = (real)0.999;  // from the compiler
-        vec sum[12], factor = (vec){0} + hidden;
-        for (int i = 0; i < chains; i++)
-            sum[i] = factor*(real)i;
-        double start = now(), seconds, flops = 0;
-        do {
-            for (int step = 0; step < steps; step++)
-                UNROLL for (int i = 0; i < chains; i++)
-                    sum[i] = sum[i]*factor + factor;
-            flops += 2.0*VL*chains*steps;
-            seconds = now() - start;
-        } while (seconds < 0.02);
-        for (int i = 1; i < chains; i++)
-            sum[0] += sum[i];
-        rate += flops/seconds + 0*(double)sum[0][0];    // so that the sums are needed
-    }
-    return rate;
-}
+#include "dev/lib/matmul.h"               // matmul, matmul_small, transpose
 
 // ================================================================================================
 // The operations, in network order: each forward beside its backward, under one formula
@@ -1606,7 +1162,7 @@ static void classifier(const Dims *d, real *losses, real *g_hidden, real *g_weig
 
 typedef struct {
     Dims d;
-    Spec specs[PARAM_COUNT];
+    Spec specs[PARAM_COUNT], act_specs[ACT_COUNT];
     size_t size;                        // of a block of parameters, in reals
     Params w, g, m, v;                  // weights, gradients, AdamW's moments
     real *weights, *grads, *mean, *square;       // the same as blocks
@@ -1618,22 +1174,43 @@ typedef struct {
     size_t lane;                        // --carry: of the micro-batch's first row
     int recurrent;                      // generation: one token at a time
     real *all_logits;                   // (n,V) a copy for --dump, or NULL
-    void (*watch)(void *, size_t layer, int backward);       // --dump: called after each layer
+    void (*watch)(void *watcher, size_t layer, int part);    // --dump: called in each layer
     void *watcher;
 } Model;
 
-// The i-th element of a new parameter; stream is its row in PARAMS.
-static double draw(const Dims *d, const Spec *s, uint64_t seed, uint64_t stream, uint64_t i) {
+static size_t parameter_count(const Spec *specs) {
+    size_t sum = 0;
+    for (size_t k = 0; k < PARAM_COUNT; k++) sum += specs[k].count;
+    return sum;
+}
+
+static void model_allocate(Model *m, const Dims *d, int training) {
+    m->d = *d;
+    param_specs(d, m->specs);
+    act_specs(d, m->act_specs);
+    m->size = total(m->specs, PARAM_COUNT);
+    m->weights = allocate(&m->w, m->specs, PARAM_COUNT);
+    if (training) {
+        m->grads = allocate(&m->g, m->specs, PARAM_COUNT);
+        m->mean = allocate(&m->m, m->specs, PARAM_COUNT);
+        m->square = allocate(&m->v, m->specs, PARAM_COUNT);
+    }
+    m->acts = allocate(&m->a, m->act_specs, ACT_COUNT);
+}
+
+// The i-th element of a new parameter; stream is its row in PARAMS. Rounded to float, so that the
+// float and the double program start from the same model.
+static float draw(const Dims *d, const Spec *s, uint64_t seed, uint64_t stream, uint64_t i) {
     double u = random_uniform(seed, stream, i), dt;
     double fan_in = 1/sqrt((double)s->shape[s->rank - 1]);
     switch (s->init) {
-    case NORMAL:   return 0.02*random_normal(seed, stream, i);
-    case FAN_IN:   return (2*u - 1)*fan_in;
-    case FAN_IN_L: return (2*u - 1)*fan_in/sqrt((double)d->L);
-    case CONV:     return (2*u - 1)/sqrt((double)d->W);
-    case A_LOG:    return log(1 + 15*u);
+    case NORMAL:   return (float)(0.02*random_normal(seed, stream, i));
+    case FAN_IN:   return (float)((2*u - 1)*fan_in);
+    case FAN_IN_L: return (float)((2*u - 1)*fan_in/sqrt((double)d->L));
+    case CONV:     return (float)((2*u - 1)/sqrt((double)d->W));
+    case A_LOG:    return (float)log(1 + 15*u);
     case DT_BIAS:  dt = fmax(exp(u*log(0.1/0.001) + log(0.001)), 1e-4);
-                   return dt + log(-expm1(-dt));             // the inverse of softplus
+                   return (float)(dt + log(-expm1(-dt)));    // the inverse of softplus
     default:       return 1;
     }
 }
@@ -1643,72 +1220,62 @@ static void model_init(Model *m, uint64_t seed) {
         Spec s = m->specs[k];
         real *w = ((real **)&m->w)[k];
         PARALLEL_FOR
-        for (size_t i = 0; i < s.count; i++) w[i] = (real)(float)draw(&m->d, &s, seed, k, i);    // the same in both programs
+        for (size_t i = 0; i < s.count; i++) w[i] = draw(&m->d, &s, seed, k, i);
     }
 }
 
-static size_t parameter_count(const Spec *specs) {
-    size_t sum = 0;
-    for (size_t k = 0; k < PARAM_COUNT; k++) sum += specs[k].count;
-    return sum;
+// Pointers to layer l's part of each tensor that has one: layer.in_proj is (Z,M).
+static Params layer_params(const Model *m, Params layer, size_t l) {
+    for (size_t k = 0; k < PARAM_COUNT; k++)
+        if (strstr(m->specs[k].key, "%zu"))
+            ((real **)&layer)[k] += l*(m->specs[k].count/m->d.L);
+    return layer;
 }
 
-static void model_allocate(Model *m, const Dims *d, int training) {
-    Spec acts[ACT_COUNT];
-    m->d = *d;
-    param_specs(d, m->specs);
-    act_specs(d, acts);
-    m->size = total(m->specs, PARAM_COUNT);
-    m->weights = allocate(&m->w, m->specs, PARAM_COUNT);
-    if (training) {
-        m->grads = allocate(&m->g, m->specs, PARAM_COUNT);
-        m->mean = allocate(&m->m, m->specs, PARAM_COUNT);
-        m->square = allocate(&m->v, m->specs, PARAM_COUNT);
+// Likewise of the activations. Without --carry, past and carried are NULL.
+static Acts layer_acts(const Model *m, size_t l) {
+    Acts layer = m->a;
+    for (size_t k = 0; k < ACT_COUNT; k++) {
+        const Spec *s = &m->act_specs[k];
+        real **p = &((real **)&layer)[k];
+        size_t size = s->shape[0] ? s->count/s->shape[0] : 0;            // of a layer
+        if (s->shape_text[1] == 'K') *p += l % m->d.kept*size;
+        if (!strncmp(s->shape_text, "(L2,", 4)) *p += l*(m->d.F ? 2 : 1)*size;
+        if (!strncmp(s->shape_text, "(L,", 3))
+            *p = m->d.lanes ? *p + l*size + m->lane*(size/m->d.lanes) : NULL;
     }
-    m->acts = allocate(&m->a, acts, ACT_COUNT);
+    return layer;
 }
 
-// The weights of layer l, and what its activations are: w.in_proj + l*Z*M is (Z,M), and so on.
-// With --recompute all layers share the place of layer 0.
-static real *layer_resid(const Model *m, size_t l, int mlp) {
-    return m->a.resid + ((m->d.F ? 2 : 1)*l + (size_t)mlp)*m->d.n*m->d.M;
+// The residual stream after a branch: the one before it plus in (n,I) weight (M,I)^T
+static real *after(const Model *m, real *resid) { return resid + m->act_specs[0].shape[1]*m->d.M; }
+
+static void add_branch(const Model *m, real *resid, const real *in, const real *weight, size_t I) {
+    memcpy(after(m, resid), resid, m->d.n*m->d.M*sizeof(real));
+    linear_forward(after(m, resid), in, weight, m->d.n, I, m->d.M, 1);
 }
 
 static void layer_forward(Model *m, size_t l) {
     const Dims *d = &m->d;
-    const Params *w = &m->w;
-    const Acts *a = &m->a;
-    size_t n = d->n, M = d->M, E = d->E, H = d->H, S = d->S, Z = d->Z, F = d->F;
-    size_t k = l % d->kept, HNP = H*d->N*d->P, past_size = (d->W - 1)*S;
-    size_t lane = l*d->lanes + m->lane;
-    real *resid = layer_resid(m, l, 0), *next = layer_resid(m, F ? l : l + 1, F ? 1 : 0);
-    real *u = a->u + k*n*M, *rstd = a->rstd + k*n, *zxBCdt = a->zxBCdt + k*n*Z;
-    real *xBC = a->xBC + k*n*S, *dt = a->dt + k*n*H, *y = a->y + k*n*E, *o = a->o + k*n*E;
-    const real *past = d->lanes ? a->past + lane*past_size : NULL;
-    const real *initial = d->lanes ? a->carried + lane*HNP : NULL;
-    real *final = d->lanes ? a->carried_new + lane*HNP : NULL;
-
-    rmsnorm_forward(d, u, rstd, resid, w->norm + l*M);                              lap("norm");
-    linear_forward(zxBCdt, u, w->in_proj + l*Z*M, n, M, Z, 0);                      lap("in_proj");
-    conv1d_forward(d, xBC, zxBCdt, w->conv_w + l*S*d->W, w->conv_b + l*S, past, m->doc);
-    if (d->lanes) conv1d_past(d, a->past_new + lane*past_size, zxBCdt, past, m->doc);
-    lap("conv1d");
-    dt_forward(d, dt, zxBCdt, w->dt_bias + l*H);                                    lap("dt");
+    Params w = layer_params(m, m->w, l);
+    Acts a = layer_acts(m, l);
+    rmsnorm_forward(d, a.u, a.rstd, a.resid, w.norm);                               lap("norm");
+    linear_forward(a.zxBCdt, a.u, w.in_proj, d->n, d->M, d->Z, 0);                  lap("in_proj");
+    conv1d_forward(d, a.xBC, a.zxBCdt, w.conv_w, w.conv_b, a.past, m->doc);         lap("conv1d");
+    if (d->lanes) conv1d_past(d, a.past_new, a.zxBCdt, a.past, m->doc);
+    dt_forward(d, a.dt, a.zxBCdt, w.dt_bias);                                       lap("dt");
     if (m->recurrent)
-        ssd_recurrence(d, y, final, xBC, dt, w->A_log + l*H, w->D + l*H, initial, m->doc);
-    else ssd_forward(d, y, a->states, final, xBC, dt, w->A_log + l*H, w->D + l*H, initial, m->doc);
+        ssd_recurrence(d, a.y, a.carried_new, a.xBC, a.dt, w.A_log, w.D, a.carried, m->doc);
+    else
+        ssd_forward(d, a.y, a.states, a.carried_new, a.xBC, a.dt, w.A_log, w.D, a.carried, m->doc);
     lap("ssd");
-    gated_rmsnorm_forward(d, o, a->rstd_g + k*n*d->G, y, zxBCdt, w->norm_g + l*E);  lap("norm_g");
-    memcpy(next, resid, n*M*sizeof(real));
-    linear_forward(next, o, w->out_proj + l*M*E, n, E, M, 1);                       lap("out_proj");
-    if (F) {
-        real *u2 = a->u2 + k*n*M, *ab = a->ab + k*n*2*F, *h = a->h + k*n*F;
-        resid = next, next = layer_resid(m, l + 1, 0);
-        rmsnorm_forward(d, u2, a->rstd2 + k*n, resid, w->norm2 + l*M);              lap("norm");
-        linear_forward(ab, u2, w->fc1 + l*2*F*M, n, M, 2*F, 0);                     lap("mlp");
-        swiglu_forward(d, h, ab);                                                   lap("swiglu");
-        memcpy(next, resid, n*M*sizeof(real));
-        linear_forward(next, h, w->fc2 + l*M*F, n, F, M, 1);                        lap("mlp");
+    gated_rmsnorm_forward(d, a.o, a.rstd_g, a.y, a.zxBCdt, w.norm_g);               lap("norm_g");
+    add_branch(m, a.resid, a.o, w.out_proj, d->E);                                  lap("out_proj");
+    if (d->F) {
+        rmsnorm_forward(d, a.u2, a.rstd2, after(m, a.resid), w.norm2);              lap("norm");
+        linear_forward(a.ab, a.u2, w.fc1, d->n, d->M, 2*d->F, 0);                   lap("fc1");
+        swiglu_forward(d, a.h, a.ab);                                               lap("swiglu");
+        add_branch(m, after(m, a.resid), a.h, w.fc2, d->F);                         lap("fc2");
     }
     if (m->watch) m->watch(m->watcher, l, 0);
 }
@@ -1716,43 +1283,32 @@ static void layer_forward(Model *m, size_t l) {
 // g_resid (n,M): on entry the gradient of what the layer returns, on exit of what it was given.
 static void layer_backward(Model *m, size_t l) {
     const Dims *d = &m->d;
-    const Params *w = &m->w, *g = &m->g;
-    const Acts *a = &m->a;
-    size_t n = d->n, M = d->M, E = d->E, H = d->H, S = d->S, Z = d->Z, F = d->F;
-    size_t k = l % d->kept, HNP = H*d->N*d->P, lane = l*d->lanes + m->lane;
-    real *u = a->u + k*n*M, *rstd = a->rstd + k*n, *zxBCdt = a->zxBCdt + k*n*Z;
-    real *xBC = a->xBC + k*n*S, *dt = a->dt + k*n*H, *y = a->y + k*n*E, *o = a->o + k*n*E;
-    const real *past = d->lanes ? a->past + lane*(d->W - 1)*S : NULL;
-    const real *initial = d->lanes ? a->carried + lane*HNP : NULL;
-
-    if (d->kept < d->L) {
+    Params w = layer_params(m, m->w, l), g = layer_params(m, m->g, l);
+    Acts a = layer_acts(m, l);
+    size_t n = d->n, M = d->M, E = d->E, Z = d->Z, F = d->F;
+    if (d->kept < d->L) {                                    // --recompute
         void (*watch)(void *, size_t, int) = m->watch;
         m->watch = NULL, layer_forward(m, l), m->watch = watch;
     }
     if (F) {
-        real *u2 = a->u2 + k*n*M, *ab = a->ab + k*n*2*F, *h = a->h + k*n*F;
-        linear_backward(a->g_h, g->fc2 + l*M*F, a->g_resid, h, w->fc2 + l*M*F, n, F, M, m->add);
-        lap("mlp");
-        swiglu_backward(d, a->g_ab, a->g_h, ab);                                    lap("swiglu");
-        linear_backward(a->g_u, g->fc1 + l*2*F*M, a->g_ab, u2, w->fc1 + l*2*F*M, n, M, 2*F, m->add);
-        lap("mlp");
-        rmsnorm_backward(d, a->g_resid, g->norm2 + l*M, a->g_u, layer_resid(m, l, 1),
-                         a->rstd2 + k*n, w->norm2 + l*M);                           lap("norm");
+        linear_backward(a.g_h, g.fc2, a.g_resid, a.h, w.fc2, n, F, M, m->add);      lap("fc2");
+        swiglu_backward(d, a.g_ab, a.g_h, a.ab);                                    lap("swiglu");
+        linear_backward(a.g_u, g.fc1, a.g_ab, a.u2, w.fc1, n, M, 2*F, m->add);      lap("fc1");
+        rmsnorm_backward(d, a.g_resid, g.norm2, a.g_u, after(m, a.resid), a.rstd2, w.norm2);
+        lap("norm");
     }
-    linear_backward(a->g_o, g->out_proj + l*M*E, a->g_resid, o, w->out_proj + l*M*E, n, E, M,
-                    m->add);                                                        lap("out_proj");
-    gated_rmsnorm_backward(d, a->g_y, a->g_zxBCdt, g->norm_g + l*E, a->g_o, y, zxBCdt,
-                           a->rstd_g + k*n*d->G, w->norm_g + l*E);                  lap("norm_g");
-    ssd_backward(d, a->g_xBC, a->g_dt, g->A_log + l*H, g->D + l*H, NULL, a->g_y, NULL, a->states,
-                 a->g_states, xBC, dt, w->A_log + l*H, w->D + l*H, initial, m->doc);   lap("ssd");
-    dt_backward(d, a->g_zxBCdt, g->dt_bias + l*H, a->g_dt, zxBCdt, w->dt_bias + l*H);  lap("dt");
+    linear_backward(a.g_o, g.out_proj, a.g_resid, a.o, w.out_proj, n, E, M, m->add);
+    lap("out_proj");
+    gated_rmsnorm_backward(d, a.g_y, a.g_zxBCdt, g.norm_g, a.g_o, a.y, a.zxBCdt, a.rstd_g, w.norm_g);
+    lap("norm_g");
+    ssd_backward(d, a.g_xBC, a.g_dt, g.A_log, g.D, NULL, a.g_y, NULL, a.states, a.g_states, a.xBC,
+                 a.dt, w.A_log, w.D, a.carried, m->doc);                            lap("ssd");
+    dt_backward(d, a.g_zxBCdt, g.dt_bias, a.g_dt, a.zxBCdt, w.dt_bias);             lap("dt");
     if (m->watch) m->watch(m->watcher, l, 1);                // conv1d_backward overwrites g_xBC
-    conv1d_backward(d, a->g_zxBCdt, g->conv_w + l*S*d->W, g->conv_b + l*S, a->g_xBC, zxBCdt,
-                    w->conv_w + l*S*d->W, w->conv_b + l*S, past, m->doc);           lap("conv1d");
-    linear_backward(a->g_u, g->in_proj + l*Z*M, a->g_zxBCdt, u, w->in_proj + l*Z*M, n, M, Z,
-                    m->add);                                                        lap("in_proj");
-    rmsnorm_backward(d, a->g_resid, g->norm + l*M, a->g_u, layer_resid(m, l, 0), rstd,
-                     w->norm + l*M);                                                lap("norm");
+    conv1d_backward(d, a.g_zxBCdt, g.conv_w, g.conv_b, a.g_xBC, a.zxBCdt, w.conv_w, w.conv_b, a.past,
+                    m->doc);                                                        lap("conv1d");
+    linear_backward(a.g_u, g.in_proj, a.g_zxBCdt, a.u, w.in_proj, n, M, Z, m->add); lap("in_proj");
+    rmsnorm_backward(d, a.g_resid, g.norm, a.g_u, a.resid, a.rstd, w.norm);         lap("norm");
     if (m->watch) m->watch(m->watcher, l, 2);
 }
 
@@ -1760,7 +1316,7 @@ static void model_hidden(Model *m) {
     const Dims *d = &m->d;
     embed_forward(d, m->a.resid, m->ids, m->w.embedding);                           lap("embed");
     for (size_t l = 0; l < d->L; l++) layer_forward(m, l);
-    rmsnorm_forward(d, m->a.hidden, m->a.rstd_f, layer_resid(m, d->L, 0), m->w.norm_f);
+    rmsnorm_forward(d, m->a.hidden, m->a.rstd_f, layer_acts(m, d->L).resid, m->w.norm_f);
     lap("norm");
 }
 
@@ -1768,22 +1324,22 @@ static void model_hidden(Model *m) {
 // step's earlier micro-batches.
 static double model_loss(Model *m, int backward) {
     const Dims *d = &m->d;
-    Acts *a = &m->a;
+    Acts a = m->a;
     const real *head = d->tied ? m->w.embedding : m->w.lm_head;
     real *g_head = d->tied ? m->g.embedding : m->g.lm_head;
     double sum = 0;
     model_hidden(m);
-    classifier(d, a->losses, backward ? a->g_u : NULL, g_head, a->logits, m->all_logits, a->hidden,
-               head, m->targets, m->scale, m->add);                               lap("classifier");
-    for (size_t i = 0; i < d->n; i++) sum += (double)a->losses[i];
+    classifier(d, a.losses, backward ? a.g_u : NULL, g_head, a.logits, m->all_logits, a.hidden, head,
+               m->targets, m->scale, m->add);                                       lap("classifier");
+    for (size_t i = 0; i < d->n; i++) sum += (double)a.losses[i];
     if (backward) {
         if (m->watch) m->watch(m->watcher, d->L, 1);
-        memset(a->g_resid, 0, d->n*d->M*sizeof(real));
-        rmsnorm_backward(d, a->g_resid, m->g.norm_f, a->g_u, layer_resid(m, d->L, 0), a->rstd_f,
+        memset(a.g_resid, 0, d->n*d->M*sizeof(real));
+        rmsnorm_backward(d, a.g_resid, m->g.norm_f, a.g_u, layer_acts(m, d->L).resid, a.rstd_f,
                          m->w.norm_f);                                              lap("norm");
         if (m->watch) m->watch(m->watcher, d->L, 2);
         for (size_t l = d->L; l-- > 0; ) layer_backward(m, l);
-        embed_backward(d, m->g.embedding, a->g_resid, m->ids);                      lap("embed");
+        embed_backward(d, m->g.embedding, a.g_resid, m->ids);                       lap("embed");
     }
     return sum/(double)d->n;
 }
@@ -1864,8 +1420,8 @@ typedef struct { double values[WINDOW]; Int count; } Recent;
 static int outlier(const Recent *r, double value, double limit) {
     if (limit <= 0 || r->count < WINDOW) return 0;           // not enough history to judge by
     double mean = 0, var = 0;
-    for (int i = 0; i < WINDOW; i++) mean += r->values[i]/WINDOW;
-    for (int i = 0; i < WINDOW; i++) var += (r->values[i] - mean)*(r->values[i] - mean)/WINDOW;
+    for (int i = 0; i < WINDOW; i++) mean += r->values[i]/(int)WINDOW;
+    for (int i = 0; i < WINDOW; i++) var += (r->values[i] - mean)*(r->values[i] - mean)/(int)WINDOW;
     return value - mean > limit*sqrt(var);
 }
 
@@ -2658,10 +2214,10 @@ static void sampler_open(Model *s, const Model *m, size_t T) {
     memset(s, 0, sizeof *s);
     dims_batch(&d, 1, T);
     d.lanes = 1, d.kept = 1, d.slab = 1;
-    Spec acts[ACT_COUNT];
-    act_specs(&d, acts);
     s->d = d, s->w = m->w;
-    s->acts = allocate(&s->a, acts, ACT_COUNT);
+    memcpy(s->specs, m->specs, sizeof s->specs);
+    act_specs(&d, s->act_specs);
+    s->acts = allocate(&s->a, s->act_specs, ACT_COUNT);
 }
 
 // Feeds tokens and returns the logits (V) after the last one.
@@ -2863,7 +2419,7 @@ static void finish_dims(Dims *d, size_t R, size_t T) {
     d->Z = d->S + d->E + d->H;
     CHECK(d->H % d->G == 0 && d->E % d->G == 0, "ngroups %zu does not divide the %zu heads", d->G,
           d->H);
-    d->Q = flags.chunk_size ? (size_t)flags.chunk_size : BEST_CHUNK;
+    d->Q = (size_t)(flags.chunk_size ? flags.chunk_size : BEST_CHUNK);
     d->kept = flags.recompute ? 1 : d->L;
     d->lanes = flags.carry ? R*(size_t)flags.accum : 0;
     dims_batch(d, R, T);
@@ -2996,136 +2552,7 @@ static double evaluate(Run *run, Loader *d, Int most, double *bits_per_byte) {
     return mean;
 }
 
-// ---- dump and compare: every tensor of one micro-batch ---------------------------------------------------
-
-typedef struct { Model *m; Tensors list; } Dump;
-
-static void dump_tensor(Dump *dump, const char *name, size_t rank, const size_t *shape,
-                        const real *data) {
-    size_t count = 1;
-    for (size_t i = 0; i < rank; i++) count *= shape[i];
-    if (!count) return;
-    real *copy = alloc_reals(count);
-    memcpy(copy, data, count*sizeof(real));
-    tensors_add(&dump->list, name, rank, shape, copy);
-}
-
-// Called after each part of a layer: 0 its forward, 1 and 2 the two halves of its backward. A
-// row of ACTS belongs to the part after which it holds what its name says.
-static void dump_layer(void *watcher, size_t l, int part) {
-    Dump *dump = (Dump *)watcher;
-    Model *m = dump->m;
-    const Dims *d = &m->d;
-    Spec specs[ACT_COUNT];
-    const size_t n_M[] = { d->n, d->M };
-    act_specs(d, specs);
-    if (part == 0) dump_tensor(dump, str("act.layers.%zu.resid", l), 2, n_M, layer_resid(m, l, 0));
-    if (l == d->L) {
-        if (part == 1) dump_tensor(dump, "grad.act.hidden", 2, n_M, m->a.g_u);
-        else dump_tensor(dump, "grad.act.resid", 2, n_M, m->a.g_resid);
-        return;
-    }
-    for (size_t i = 0; i < ACT_COUNT; i++) {
-        const Spec *s = &specs[i];
-        real *data = ((real **)&m->a)[i];
-        int kept = s->shape_text[1] == 'K', late = !strcmp(s->name, "g_zxBCdt")
-                 || !strcmp(s->name, "g_u") || !strcmp(s->name, "g_resid");
-        if (part == 0 && kept)
-            dump_tensor(dump, str("act.layers.%zu.%s", l, s->name), s->rank - 1, s->shape + 1,
-                        data + (d->kept > 1 ? l : 0)*(s->count/s->shape[0]));
-        if (part > 0 && !strncmp(s->name, "g_", 2) && strcmp(s->name, "g_states")
-            && late == (part == 2))
-            dump_tensor(dump, str("grad.act.layers.%zu.%s", l, s->name + 2), s->rank, s->shape, data);
-    }
-}
-
-static void dump_run(Run *run, Dump *dump) {
-    Model *m = &run->m;
-    const Dims *d = &m->d;
-    const size_t n[] = { d->n, 1 }, n_M[] = { d->n, d->M }, n_V[] = { d->n, d->V }, one[] = { 1 };
-    memset(dump, 0, sizeof *dump);
-    dump->m = m;
-    loader_next(&run->train);
-    set_batch(m, &run->train, 1);
-    m->all_logits = alloc_reals(mul(d->n, d->V));
-    m->watch = dump_layer, m->watcher = dump;
-    model_zero_grad(m);
-    real loss = (real)run->device->loss(m, 1);
-    run->device->fetch(m);
-    dump_tensor(dump, "act.hidden", 2, n_M, m->a.hidden);
-    dump_tensor(dump, "logits", 2, n_V, m->all_logits);
-    dump_tensor(dump, "losses", 1, n, m->a.losses);
-    dump_tensor(dump, "loss", 1, one, &loss);
-    tensors_add_params(&dump->list, m, &m->g, "grad.");
-    tensors_add_params(&dump->list, m, &m->w, "");
-    free(m->all_logits);
-    m->all_logits = NULL;
-}
-
-typedef struct { double most, relative; } Difference;
-
-// The largest difference, and the root mean square of the differences over that of ref
-static Difference difference(const double *x, const double *ref, size_t count) {
-    double square = 0, size = 0, most = 0;
-    for (size_t i = 0; i < count; i++) {
-        double e = x[i] - ref[i];
-        if (!(fabs(e) <= most)) most = fabs(e);              // a NaN stays
-        square += e*e, size += ref[i]*ref[i];
-    }
-    Difference d = { most, square == 0 ? 0 : sqrt(square/size) };
-    return d;
-}
-
-// The values of tensor x, ours (no file) or those of its namesake in a dump
-static double *values_of(const Tensor *x, const TensorFile *dump) {
-    double *v = (double *)alloc(x->count, sizeof(double));
-    if (!dump) {
-        for (size_t i = 0; i < x->count; i++) v[i] = (double)x->data[i];
-        return v;
-    }
-    const Json *entry = json_get(dump->header, x->name);
-    CHECK(entry, "%s: no tensor %s; the dumps are of different models or programs", dump->path,
-          x->name);
-    tensor_doubles(dump, entry, x, v);
-    return v;
-}
-
-// Prints a line for each tensor, in network order; returns how many differ by more than rounding
-// explains: more than twice BASE's error and a little, or without BASE a thousand times epsilon.
-static int compare_dump(Run *run) {
-    Dump dump;
-    int bad = 0;
-    char *ref_path = strdup(flags.compare), *base_path = strchr(ref_path, ',');
-    if (base_path) *base_path++ = 0;
-    TensorFile ref = tensor_file_open(ref_path), base = ref;
-    if (base_path) base = tensor_file_open(base_path);
-    dump_run(run, &dump);
-    const char *dtype = json_string(json_get(ref.header, "loss"), ref_path, "dtype", "F32");
-    double epsilon = sizeof(real) == 4 || !strcmp(dtype, "F32") ? FLT_EPSILON : DBL_EPSILON;
-    printf("%-44s %-16s %10s %10s%s\n", "tensor", "shape", "largest", "relative",
-           base_path ? "       base  ratio" : "");
-    for (size_t i = 0; i < dump.list.count; i++) {
-        const Tensor *x = &dump.list.list[i];
-        Text shape = { NULL, 0, 0 };
-        double *ours = values_of(x, NULL), *theirs = values_of(x, &ref), bound = 1000*epsilon;
-        Difference d = difference(ours, theirs, x->count), b = { 0, 0 };
-        if (base_path) {
-            double *third = values_of(x, &base);
-            b = difference(third, theirs, x->count);
-            bound = 2*b.relative + 16*epsilon;
-            free(third);
-        }
-        for (size_t k = 0; k < x->rank; k++) put(&shape, "%s%zu", k ? "," : "", x->shape[k]);
-        int good = d.relative <= bound;
-        printf("%-44s %-16s %10.2e %10.2e", x->name, shape.data, d.most, d.relative);
-        if (base_path) printf(" %10.2e %6.2f", b.relative, b.relative > 0 ? d.relative/b.relative : 0);
-        printf("%s\n", good ? "" : bad ? "  FAIL" : "  FAIL, first divergence");
-        bad += !good;
-        free(shape.data), free(ours), free(theirs);
-    }
-    printf("%zu tensors compared, %d differ\n", dump.list.count, bad);
-    return bad;
-}
+#include "dev/lib/inspect.h"              // dump_run, compare_dump
 
 // ---- log and plot -------------------------------------------------------------------------------------------
 

@@ -1,15 +1,15 @@
 // CUDA on a CPU, part 1: the language. Kernels are compiled by the host compiler and run unchanged.
 //
 // A CUDA thread is a fiber: a stack and a saved stack pointer. The fibers of a block take turns on
-// one OS thread. One gives up its turn only where CUDA lets threads wait for each other (a barrier, a
-// warp call) and when its kernel ends. The last thread to arrive does the work of a warp call for all.
+// one OS thread. One gives up its turn only where CUDA lets threads wait for each other (a barrier,
+// a warp call) and when its kernel ends. The last lane to come does the warp call's work for all.
 //
 //   EMU_ORDER=forward|reverse|random:SEED   in which order ready threads, warps and blocks run
 //   EMU_SM=90|89|86|80    the GPU whose limits hold (shared memory, compute capability)
 //   EMU_MULTIPROCESSORS=4, EMU_MEMORY=81920 (MiB)           what the device says it has
 //   EMU_STREAMS=late      work in a stream runs not when issued but when something waits for it
-//   EMU_FILL=BYTE         what fresh device and shared memory holds (255: NaN in every float format)
-//   EMU_ERRORS=return     a fault makes the launch fail; otherwise it aborts, where a debugger stops
+//   EMU_FILL=BYTE         what fresh device and shared memory holds (255: NaN in every format)
+//   EMU_ERRORS=return     a fault makes the launch fail; otherwise it aborts, for a debugger
 //   EMU_REPORT=1          at exit, a line for each kernel: launches, shared memory, bank conflicts
 #pragma once
 #include <assert.h>
@@ -113,8 +113,8 @@ constexpr int warpSize = 32;
     X(cudaErrorNotReady, 600, "device not ready")                                            \
     X(cudaErrorLaunchFailure, 719, "unspecified launch failure")                             \
     X(cudaErrorNotSupported, 801, "operation not supported")                                 \
-    X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing") \
-    X(cudaErrorStreamCaptureImplicit, 906, "operation would make the legacy stream depend on a capture")
+    X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted in a stream capture") \
+    X(cudaErrorStreamCaptureImplicit, 906, "default stream used during a stream capture")
 #define X(name, value, text) name = value,
 typedef enum cudaError { EMU_CUDA_ERRORS(X) } cudaError_t;
 #undef X
@@ -178,7 +178,7 @@ EMU_ENGINE int pick(uint32_t ready) {   // whose turn it is: one of the bits
 
 // ---- a block and its threads --------------------------------------------------------------------
 constexpr int MAX_THREADS = 1024, MAX_WARPS = 32, MAX_BARRIERS = 16, STACK = 256 * 1024;
-// To the thread sanitizer, neighbouring blocks are different threads, so that races between them show.
+// To the thread sanitizer, neighbouring blocks have threads of their own: races between them show.
 constexpr int SETS = EMU_TSAN ? 2 : 1;
 
 struct Kernel {                         // what is known of a kernel, found by its address
@@ -201,6 +201,7 @@ struct Thread {
     const char *what, *file;            // what it waits for and where
     int line, barrier;                  // barrier: its number, -1 otherwise
     unsigned mask;                      // the lanes it waits for in a warp call
+    unsigned turns[MAX_BARRIERS];       // of each barrier, the turn that it came to last
     void *fake, *tsan[SETS];            // address, thread sanitizer: its fake stack, its fibers
     AsyncCopy *copies;
     int copies_n, copies_room, group;   // group: that of the next cp.async
@@ -220,10 +221,10 @@ struct Warp {
 };
 struct Barrier {
     int arrived, expected;              // expected: 0 for all live threads of the block
-    unsigned generation;
+    unsigned turn;                      // how often it has opened
     const char *file;
     int line;
-    char order[2];                      // happens-before marks of two generations
+    char order[2];                      // happens-before marks of two turns
 };
 struct Block {
     Thread threads[MAX_THREADS];
@@ -240,7 +241,7 @@ struct Block {
     void *sp, *fake, *tsan;             // the scheduler's stack pointer, fake stack, fiber
     const void *stack;                  // and its stack, for the address sanitizer
     size_t stack_size;
-    char order_start, order_end;        // happens-before marks: launch to threads, threads to the end
+    char order_start, order_end;        // happens-before marks: launch to threads, threads to end
 };
 inline thread_local constinit Block *block = nullptr;
 inline cudaError_t last_error = cudaSuccess;
@@ -254,8 +255,8 @@ EMU_ENGINE void fault(const char *format, ...) {
     vsnprintf(message, sizeof message, format, args);
     va_end(args);
     uint3 b = blockIdx, t = threadIdx;
-    if (block) fprintf(stderr, "emulate: kernel %s, block (%u,%u,%u)", block->kernel->name.c_str(), b.x, b.y, b.z);
-    else fprintf(stderr, "emulate");
+    const char *name = block ? block->kernel->name.c_str() : "?";
+    fprintf(stderr, "emulate: kernel %s, block (%u,%u,%u)", name, b.x, b.y, b.z);
     if (block && block->current) fprintf(stderr, ", thread (%u,%u,%u)", t.x, t.y, t.z);
     fprintf(stderr, ": %s\n", message);
     fflush(stderr);
@@ -272,8 +273,8 @@ EMU_ENGINE Thread *current(const char *what) {      // the calling CUDA thread
 }
 
 // ---- switching ----------------------------------------------------------------------------------
-// emu_switch(save, load): keeps the registers that a callee must keep on this stack and its pointer in
-// *save, then goes on where `load` was saved. fresh_stack(): what to load to begin at f.
+// emu_switch(save, load): puts the registers that a callee must keep on this stack and its pointer
+// into *save, then goes on where `load` was saved. fresh_stack(): what to load to begin in fiber().
 EMU_ENGINE void fiber();
 #if defined(__x86_64__) && !defined(EMU_UCONTEXT)
 extern "C" void emu_switch(void **save, void *load);
@@ -341,7 +342,7 @@ EMU_ENGINE void complete(Warp &w, int i) {
     if (m.call) m.call(m.slot, m.arrived);
     w.ready |= m.arrived;
 }
-// All live lanes that mask names meet at one place in the source; the last one does the call for all.
+// All live lanes that mask names meet at one place in the source; the last does the call for all.
 EMU_ENGINE void warp_call(const char *what, unsigned mask, void *slot, WarpCall call, EMU_HERE) {
     Thread *me = current(what);
     Warp &w = block->warps[me->warp];
@@ -369,7 +370,7 @@ EMU_ENGINE void warp_call(const char *what, unsigned mask, void *slot, WarpCall 
 EMU_ENGINE void open(Barrier &r) {      // all who wait at r go on
     Block *b = block;
     r.arrived = 0;
-    r.generation++;
+    r.turn++;
     for (Thread *t = b->threads; t < b->threads + b->threads_n; t++)
         if (t->barrier == &r - b->barriers) {
             t->barrier = -1;
@@ -377,21 +378,25 @@ EMU_ENGINE void open(Barrier &r) {      // all who wait at r go on
         }
 }
 enum Part { SYNC, ARRIVE };
-// Barrier `id` opens when `expected` threads (0: all that have not ended) have come. __syncthreads is
-// barrier 0, at which all must come to the same line; PTX's numbered barriers have no such rule.
+// Barrier `id` opens when `expected` threads (0: all that have not ended) have come. __syncthreads
+// is barrier 0, for which all must be at the same line; PTX's numbered barriers have no such rule.
 EMU_ENGINE void barrier(const char *what, int id, int expected, Part part, EMU_HERE) {
     Thread *me = current(what);
     if (id < 0 || id >= MAX_BARRIERS || expected % 32)
-        EMU_FAULT("%s at %s:%d: barrier %d of %d threads: numbers are 0 to 15, counts multiples of 32",
-                  what, file, line, id, expected);
+        EMU_FAULT("%s at %s:%d: barrier %d, %d threads: not 0 to 15, or not a multiple of 32", what,
+                  file, line, id, expected);
     Barrier &r = block->barriers[id];
     bool other_line = r.arrived && !expected && (r.line != line || strcmp(r.file, file));
     if (r.arrived && (r.expected != expected || other_line))
-        EMU_FAULT("divergent barrier: %s at %s:%d while others are at the same barrier at %s:%d", what,
+        EMU_FAULT("divergent barrier: %s at %s:%d while others are at the same one at %s:%d", what,
                   file, line, r.file, r.line);
+    if (me->turns[id] == r.turn + 1)
+        EMU_FAULT("%s at %s:%d: the thread comes twice before barrier %d opens", what, file, line,
+                  id);
+    me->turns[id] = r.turn + 1;
     r.file = file, r.line = line, r.expected = expected;
     r.arrived++;
-    char *order = &r.order[r.generation % 2];
+    char *order = &r.order[r.turn % 2];
     __tsan_release(order);
     bool last = r.arrived == (expected ? expected : block->live);
     if (last) open(r);
@@ -413,8 +418,8 @@ inline void barrier_arrive(int id, int n, EMU_HERE) {
 }
 
 // ---- shared memory ------------------------------------------------------------------------------
-// New for each block: on the heap, where the address sanitizer sees its ends; to the thread sanitizer
-// without a past; filled, so that a read before the first write shows.
+// New for each block: on the heap, where the address sanitizer sees its ends; without a past for
+// the thread sanitizer; filled, so that a read before the first write shows.
 EMU_ENGINE void new_shared(char *&p, size_t size) {
     size_t room = (size + 127) / 128 * 128;
     AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
@@ -424,7 +429,7 @@ EMU_ENGINE void new_shared(char *&p, size_t size) {
     __asan_poison_memory_region(p + size, room - size);
     AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
 }
-// Static and dynamic together fit in 48 KiB or, for a kernel that asked, in all that a block can have.
+// Static and dynamic together fit in 48 KiB or, for a kernel that asked, in what a block can have.
 EMU_ENGINE void check_shared(const char *file, int line) {
     Block *b = block;
     Kernel *k = b->kernel;
@@ -432,8 +437,8 @@ EMU_ENGINE void check_shared(const char *file, int line) {
     size_t dynamic = k->asked ? k->asked : b->dynamic_size;
     size_t limit = k->asked ? shared_per_block() : SHARED_UNASKED;
     if (b->static_size > SHARED_UNASKED || b->static_size + dynamic > limit)
-        EMU_FAULT("%s:%d: %zu bytes of static and %zu of dynamic shared memory: more than %zu", file,
-                  line, b->static_size, dynamic, limit);
+        EMU_FAULT("%s:%d: %zu bytes of static and %zu of dynamic shared memory: more than %zu",
+                  file, line, b->static_size, dynamic, limit);
 }
 template<class T> struct Shared {       // one __shared__ declaration
     T *p;
@@ -455,7 +460,7 @@ template<class T> T *dynamic_shared() { return (T *)block->dynamic; }
 EMU_ENGINE void end(Thread *me) {
     Block *b = block;
     Warp &w = b->warps[me->warp];
-    if (me->copies_n) EMU_FAULT("thread ends before its %d cp.async copies are waited for", me->copies_n);
+    if (me->copies_n) EMU_FAULT("thread ends before its %d cp.async copies", me->copies_n);
     me->done = true;
     w.ready &= ~(1u << me->lane);
     w.live &= ~(1u << me->lane);
@@ -496,6 +501,7 @@ EMU_ENGINE void make_thread(Block *b, int i, dim3 dim) {
     t->lane = i % 32, t->warp = i / 32;
     t->done = false, t->what = nullptr, t->barrier = -1, t->fake = nullptr;
     t->copies_n = t->group = 0;
+    memset(t->turns, 0, sizeof t->turns);
     int set = b->serial % SETS;
     t->stack = b->stacks + (size_t)(set * MAX_THREADS + i) * STACK;
     __asan_unpoison_memory_region(t->stack + STACK - 65536, 65536);     // what an ended thread left
@@ -506,16 +512,18 @@ EMU_ENGINE void make_thread(Block *b, int i, dim3 dim) {
 EMU_ENGINE void deadlock(Block *b) {    // says how many threads wait where
     std::map<std::string, std::pair<int, uint3>> places;
     for (Thread *t = b->threads; t < b->threads + b->threads_n; t++) {
-        char place[400] = "ended";
-        int n = t->done ? 0 : snprintf(place, sizeof place, "in %s at %s:%d", t->what, t->file, t->line);
-        if (!t->done && t->mask) snprintf(place + n, sizeof place - n, ", mask %08x", t->mask);
+        char place[400] = "ended", mask[20] = "";
+        if (t->mask) snprintf(mask, sizeof mask, ", mask %08x", t->mask);
+        if (!t->done)
+            snprintf(place, sizeof place, "in %s at %s:%d%s", t->what, t->file, t->line, mask);
         places.emplace(place, std::make_pair(0, t->idx)).first->second.first++;
     }
     std::string all;
     for (auto &[place, who] : places) {
         char head[100];
         uint3 t = who.second;
-        snprintf(head, sizeof head, "\n    %d threads, the first (%u,%u,%u), ", who.first, t.x, t.y, t.z);
+        snprintf(head, sizeof head, "\n    %d threads, the first (%u,%u,%u), ", who.first, t.x, t.y,
+                 t.z);
         all += head + place;
     }
     fault("deadlock:%s", all.c_str());
@@ -572,8 +580,8 @@ EMU_ENGINE void run_grid(Kernel *kernel, dim3 grid, dim3 dim, size_t dynamic_siz
         for (long long k = 0; k < total; k++) {
             if (failed) continue;
             long long i = settings.order == REVERSE ? total - 1 - k : k;
-            uint3 index = {(unsigned)(i % grid.x), (unsigned)(i / grid.x % grid.y), (unsigned)(i / xy)};
-            run_block(b, dim, index, dynamic_size);
+            unsigned x = i % grid.x, y = i / grid.x % grid.y, z = i / xy;
+            run_block(b, dim, {x, y, z}, dynamic_size);
             if (b->failed) failed = true;
         }
         __tsan_acquire(&b->order_end);
@@ -601,8 +609,8 @@ template<class T> EMU_ENGINE void shuffle_all(void **slots, unsigned lanes) {
     }
 }
 // The lane itself is read when `source` lies outside of its group of `width` lanes.
-template<class T> EMU_ENGINE T shuffle(const char *what, unsigned mask, T value, int source, int width,
-                                       EMU_HERE) {
+template<class T>
+EMU_ENGINE T shuffle(const char *what, unsigned mask, T value, int source, int width, EMU_HERE) {
     int lane = current(what)->lane;
     if ((lane ^ source) & ~(width - 1)) source = lane;
     Shuffle<T> s{value, source, value};
@@ -657,16 +665,22 @@ inline void __trap() { EMU_FAULT("__trap()"); }
 
 // ---- atomics: real ones, as blocks may run on several OS threads --------------------------------
 namespace emu {
+template<class To, class From> To bits(From v) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy((void *)&to, &v, sizeof to);
+    return to;
+}
 template<class T, class F> T atomic_update(T *p, F f) {
     using U = std::conditional_t<sizeof(T) == 2, uint16_t,
                                  std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
     U before = __atomic_load_n((U *)p, __ATOMIC_RELAXED), after;
-    T old, next;
+    T old;
     do {
-        memcpy((void *)&old, &before, sizeof(T));
-        next = f(old);
-        memcpy((void *)&after, &next, sizeof(T));
-    } while (!__atomic_compare_exchange_n((U *)p, &before, after, false, EMU_ATOMIC, __ATOMIC_RELAXED));
+        old = bits<T>(before);
+        after = bits<U>(f(old));
+    } while (!__atomic_compare_exchange_n((U *)p, &before, after, false, EMU_ATOMIC,
+                                          __ATOMIC_RELAXED));
     return old;
 }
 }  // namespace emu
@@ -681,7 +695,7 @@ EMU_ATOMIC_OP(atomicMin, old < v ? old : v)
 EMU_ATOMIC_OP(atomicAnd, old & v)
 EMU_ATOMIC_OP(atomicOr, old | v)
 EMU_ATOMIC_OP(atomicXor, old ^ v)
-EMU_ATOMIC_OP(atomicExch, v)
+EMU_ATOMIC_OP(atomicExch, ((void)old, v))
 template<class T> T atomicCAS(T *p, std::type_identity_t<T> expected, std::type_identity_t<T> v) {
     return emu::atomic_update(p, [=](T old) { return old == expected ? v : old; });
 }
@@ -712,14 +726,6 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __saturatef(float x) { return x < 0 ? 0 : x > 1 ? 1 : x; }
-namespace emu {
-template<class To, class From> To bits(From v) {
-    static_assert(sizeof(To) == sizeof(From));
-    To to;
-    memcpy((void *)&to, &v, sizeof to);
-    return to;
-}
-}  // namespace emu
 inline int __float_as_int(float f) { return emu::bits<int>(f); }
 inline unsigned __float_as_uint(float f) { return emu::bits<unsigned>(f); }
 inline float __int_as_float(int i) { return emu::bits<float>(i); }

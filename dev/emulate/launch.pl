@@ -1,7 +1,7 @@
-# launch.pl FILE.cu: prints it with the pieces of CUDA that are not C++ rewritten for a host compiler.
+# launch.pl FILE.cu: prints it, the pieces of CUDA that are not C++ rewritten for a host compiler.
 #   k<T><<<grid, block, shared, stream>>>(args)  ->  emu::launch("k<T>", k<T>, grid, ...)(args)
 #   extern __shared__ T name[];                  ->  T *name = emu::dynamic_shared<T>();
-#   __shared__ T name[N];                        ->  static thread_local .. emu::Shared<T[N]> name_shared;
+#   __shared__ T name[N];                        ->  static .. emu::Shared<T[N]> name_shared;
 #                                                    T (&name)[N] = name_shared.get();
 #   #include "other.cu" or ".cuh"                ->  that file, rewritten
 # Lines stay lines, so that compilers, sanitizers and gdb name those of the .cu file.

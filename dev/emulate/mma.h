@@ -1,5 +1,5 @@
-// CUDA on a CPU, part 4: the instructions for which a kernel has PTX wrappers, by the fragment layouts
-// in the PTX manual. A wrapper has inline PTX under __CUDACC__ and one of these calls otherwise.
+// CUDA on a CPU, part 4: the instructions that need PTX, by the fragment layouts of the PTX manual.
+// A kernel's wrapper has inline PTX under __CUDACC__ and one of these calls otherwise.
 #pragma once
 #include "types.h"
 
@@ -41,8 +41,8 @@ EMU_ENGINE void mma_m16n8k16_bf16(float *d, const uint32_t *a, const uint32_t *b
 }
 
 // ---- ldmatrix.sync.aligned.m8n8.xN{.trans}.shared.b16 -------------------------------------------
-// Lane l names row l%8 of 8x8 matrix l/8, for l < 8N. In r[i] lane l gets elements 2(l%4) + {0,1} of
-// row l/4 of matrix i; of column l/4 with .trans.
+// Lane l names row l%8 of 8x8 matrix l/8, for l < 8N. In r[i] lane l gets elements 2(l%4) + {0,1}
+// of row l/4 of matrix i; of column l/4 with .trans.
 struct LoadMatrix { uint32_t *r; int n; bool trans; const void *at; uint16_t row[8]; };
 
 // The rows of a matrix are read at once unless two of them lie in the same 16 bytes of the 128 that
@@ -72,10 +72,10 @@ EMU_ENGINE void ldmatrix_all(void **slots, unsigned lanes) {
     int n = s[0]->n;
     for (int l = 0; l < 32; l++)
         for (int i = 0; i < n; i++) {
-            int major = l / 4, minor = 2 * (l % 4);
-            uint32_t low = s[0]->trans ? s[8 * i + minor]->row[major] : s[8 * i + major]->row[minor];
-            uint32_t high = s[0]->trans ? s[8 * i + minor + 1]->row[major]
-                                        : s[8 * i + major]->row[minor + 1];
+            int g = l / 4, t = 2 * (l % 4);
+            LoadMatrix **m = s + 8 * i;
+            uint32_t low = s[0]->trans ? m[t]->row[g] : m[g]->row[t];
+            uint32_t high = s[0]->trans ? m[t + 1]->row[g] : m[g]->row[t + 1];
             s[l]->r[i] = low | high << 16;
         }
     count_conflicts(slots, n);
@@ -91,7 +91,7 @@ inline void ldmatrix(int n, bool trans, uint32_t *r, const void *row, EMU_HERE) 
 }
 
 // ---- cp.async -----------------------------------------------------------------------------------
-// The copy is done as late as allowed, at the wait for its group. Until then NaNs lie at its target,
+// The copy is done as late as allowed, at the wait for its group. Until then its target holds NaNs,
 // so that a kernel that reads too early shows it.
 EMU_ENGINE void cp_async(void *to, const void *from, int bytes, bool zeros = false, EMU_HERE) {
     Thread *me = current("cp.async");

@@ -58,9 +58,10 @@ inline bool is_pinned(const void *p) { return find(pinned_memory, p).first; }
 
 // To the address sanitizer, device memory is out of bounds while the host runs.
 inline void poison_device(bool closed) {
+    if (!EMU_ASAN) return;
     for (auto &[p, a] : device_memory)
-        if (EMU_ASAN && !a.mapped)
-            closed ? __asan_poison_memory_region(p, a.size) : __asan_unpoison_memory_region(p, a.size);
+        if (!a.mapped && closed) __asan_poison_memory_region(p, a.size);
+        else if (!a.mapped) __asan_unpoison_memory_region(p, a.size);
 }
 struct DeviceOpen {                     // while one lives, device memory can be touched
     inline static int depth = 0;
@@ -68,8 +69,8 @@ struct DeviceOpen {                     // while one lives, device memory can be
     ~DeviceOpen() { if (!--depth) poison_device(true); }
 };
 
-// Buffers from 64 MiB on take no memory until written, so that offsets beyond 2^31 can be tested: they
-// are private mappings, again and again, of one file of fill bytes. Behind each lies a page that faults.
+// Buffers from 64 MiB on take no memory until written, so that offsets beyond 2^31 can be tested:
+// they map one file of fill bytes, privately, again and again. Behind each lies a page that faults.
 constexpr size_t SPARSE = (size_t)64 << 20, PIECE = (size_t)16 << 20, PAGE = 4096;
 inline int fill_file() {
     static int file = -1;
@@ -100,8 +101,8 @@ inline char *allocate(size_t size) {
 }
 
 // ---- streams, events, graphs --------------------------------------------------------------------
-// Work is queued and, unless EMU_STREAMS=late, done at once. Late, it is done when something waits for
-// it, so that what was not waited for, or a pinned buffer that was used again too early, shows.
+// Work is queued and, unless EMU_STREAMS=late, done at once. Late, it is done when something waits
+// for it, so that what was not waited for shows, or a pinned buffer that was used again too early.
 typedef std::function<void()> Work;
 struct Queued { uint64_t number; Work work; };
 }  // namespace emu
@@ -146,14 +147,15 @@ inline cudaError_t enqueue(cudaStream_t stream, Work work) {
     cudaStream_t s = stream_of(stream);
     if (s->capture) { s->capture->nodes.push_back(std::move(work)); return cudaSuccess; }
     if (captures && s == &default_stream)
-        return wrong(cudaErrorStreamCaptureImplicit, "default stream", "used during a stream capture");
+        return wrong(cudaErrorStreamCaptureImplicit, "default stream",
+                     "used during a stream capture");
     s->queue.push_back({++issued, std::move(work)});
     if (!settings.late) finish(s);
     return last_error;
 }
 // A call that makes the host wait, or allocates, must not be made during a capture.
 inline bool in_capture(const char *call) {
-    return captures && wrong(cudaErrorStreamCaptureUnsupported, call, "called during a stream capture");
+    return captures && wrong(cudaErrorStreamCaptureUnsupported, call, "during a stream capture");
 }
 }  // namespace emu
 
@@ -228,7 +230,8 @@ inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned = 0) {
     if (e->capture) { emu::stream_of(s)->capture = e->capture; return cudaSuccess; }    // joins it
     if (!e->number) return cudaSuccess;
-    return emu::enqueue(s, [stream = e->stream, number = e->number] { emu::finish(stream, number); });
+    auto [stream, number] = std::pair(e->stream, e->number);
+    return emu::enqueue(s, [=] { emu::finish(stream, number); });
 }
 
 // A graph is the list of what the captured streams were given, in the order of issue.
@@ -241,14 +244,14 @@ inline cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode)
     return cudaSuccess;
 }
 inline cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *graph) {
-    *graph = s->capture;
-    if (!*graph) return emu::wrong(cudaErrorInvalidValue, "cudaStreamEndCapture", "not being captured");
-    for (cudaStream_t t : emu::streams) if (t->capture == *graph) t->capture = nullptr;
+    cudaGraph_t g = *graph = s->capture;
+    if (!g) return emu::wrong(cudaErrorInvalidValue, "cudaStreamEndCapture", "no capture");
+    for (cudaStream_t t : emu::streams) if (t->capture == g) t->capture = nullptr;
     emu::captures--;
     return cudaSuccess;
 }
-inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t g, unsigned long long = 0) {
-    *exec = new CUgraphExec_st{std::make_shared<std::vector<emu::Work>>(g->nodes)};
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *e, cudaGraph_t g, unsigned long long = 0) {
+    *e = new CUgraphExec_st{std::make_shared<std::vector<emu::Work>>(g->nodes)};
     return cudaSuccess;
 }
 inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t s) {
@@ -279,7 +282,7 @@ inline cudaError_t cudaFree(void *p) {
     emu::finish_all();
     auto it = emu::device_memory.find((char *)p);
     if (it == emu::device_memory.end())
-        return emu::wrong(cudaErrorInvalidValue, "cudaFree", "not a pointer from cudaMalloc");
+        return emu::wrong(cudaErrorInvalidValue, "cudaFree", "not from cudaMalloc");
     auto [n, mapped] = it->second;
     emu::device_memory.erase(it);
     emu::device_used -= n;
@@ -302,11 +305,11 @@ inline cudaError_t cudaHostAlloc(void **p, size_t n, unsigned) {
 template<class T> cudaError_t cudaHostAlloc(T **p, size_t n, unsigned flags) {
     return cudaHostAlloc((void **)p, n, flags);
 }
-template<class T> cudaError_t cudaMallocHost(T **p, size_t n) { return cudaHostAlloc((void **)p, n, 0); }
+template<class T> cudaError_t cudaMallocHost(T **p, size_t n) { return cudaHostAlloc(p, n, 0); }
 inline cudaError_t cudaFreeHost(void *p) {
     emu::finish_all();
     if (p && !emu::pinned_memory.erase((char *)p))
-        return emu::wrong(cudaErrorInvalidValue, "cudaFreeHost", "not a pointer from cudaMallocHost");
+        return emu::wrong(cudaErrorInvalidValue, "cudaFreeHost", "not from cudaMallocHost");
     free(p);
     return cudaSuccess;
 }
@@ -319,12 +322,16 @@ enum cudaMemcpyKind {
 namespace emu {
 struct Rows { size_t pitch_to, pitch_from, width, height; };
 inline const char *why_not(const void *to, const void *from, Rows r, cudaMemcpyKind kind) {
-    bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
-    bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+    bool both = kind == cudaMemcpyDeviceToDevice;
+    bool to_device = both || kind == cudaMemcpyHostToDevice;
+    bool from_device = both || kind == cudaMemcpyDeviceToHost;
+    if (kind == cudaMemcpyDefault) {
+        to_device = touches_device(to);
+        from_device = touches_device(from);
+    }
     if (r.width > r.pitch_to || r.width > r.pitch_from) return "rows are wider than their pitch";
     size_t size_to = r.pitch_to * (r.height - 1) + r.width;
     size_t size_from = r.pitch_from * (r.height - 1) + r.width;
-    if (kind == cudaMemcpyDefault) to_device = touches_device(to), from_device = touches_device(from);
     if (to_device ? !on_device(to, size_to) : touches_device(to))
         return "the target is not memory of that kind, or too small";
     if (from_device ? !on_device(from, size_from) : touches_device(from))
@@ -340,7 +347,8 @@ inline void copy_rows(void *to, const void *from, Rows r) {
 inline cudaError_t copy(const char *call, void *to, const void *from, Rows r, cudaMemcpyKind kind,
                         cudaStream_t stream) {
     if (!r.width || !r.height) return cudaSuccess;
-    if (const char *why = why_not(to, from, r, kind)) return wrong(cudaErrorInvalidValue, call, why);
+    const char *why = why_not(to, from, r, kind);
+    if (why) return wrong(cudaErrorInvalidValue, call, why);
     bool captured = stream_of(stream)->capture;
     if (!captured && !touches_device(from) && !is_pinned(from)) {
         auto staged = std::make_shared<std::vector<char>>(r.width * r.height);
@@ -385,12 +393,14 @@ inline cudaError_t cudaMemsetAsync(void *p, int byte, size_t n, cudaStream_t str
     });
 }
 inline cudaError_t cudaMemset(void *p, int byte, size_t n) { return cudaMemsetAsync(p, byte, n); }
-template<class T> cudaError_t cudaMemcpyToSymbol(T &symbol, const void *from, size_t n, size_t at = 0) {
+template<class T>
+cudaError_t cudaMemcpyToSymbol(T &symbol, const void *from, size_t n, size_t at = 0) {
     emu::finish_all();
     memcpy((char *)&symbol + at, from, n);
     return cudaSuccess;
 }
-template<class T> cudaError_t cudaMemcpyFromSymbol(void *to, T &symbol, size_t n, size_t at = 0) {
+template<class T>
+cudaError_t cudaMemcpyFromSymbol(void *to, T &symbol, size_t n, size_t at = 0) {
     emu::finish_all();
     memcpy(to, (char *)&symbol + at, n);
     return cudaSuccess;
@@ -410,9 +420,8 @@ inline Kernel *find_kernel(const void *f, const char *text) {   // text: "k<A, B
 template<class T> void check_argument(const Kernel *k, int number, const T &value) {
     if constexpr (std::is_pointer_v<T>) {
         if (value && !touches_device((const void *)value)) {
-            fprintf(stderr, "emulate: kernel %s: argument %d does not point to device memory\n",
-                    k->name.c_str(), number);
-            if (settings.abort) abort();
+            std::string call = "kernel " + k->name + ", argument " + std::to_string(number);
+            wrong(cudaErrorLaunchFailure, call.c_str(), "does not point to device memory");
         }
     }
 }
@@ -422,8 +431,9 @@ inline cudaError_t check_shape(Kernel *k, dim3 g, dim3 b, size_t shared) {
     bool fits = threads && threads <= MAX_THREADS && b.z <= 64 && g.x && g.y && g.z
         && g.x <= INT_MAX && g.y <= 65535 && g.z <= 65535;
     if (fits && shared <= limit) return cudaSuccess;
-    fprintf(stderr, "emulate: kernel %s: grid (%u,%u,%u), block (%u,%u,%u), %zu bytes of dynamic shared "
-            "memory of at most %zu\n", k->name.c_str(), g.x, g.y, g.z, b.x, b.y, b.z, shared, limit);
+    fprintf(stderr, "emulate: kernel %s: grid (%u,%u,%u), block (%u,%u,%u), %zu bytes of dynamic "
+            "shared memory of at most %zu\n", k->name.c_str(), g.x, g.y, g.z, b.x, b.y, b.z, shared,
+            limit);
     return last_error = fits ? cudaErrorInvalidValue : cudaErrorInvalidConfiguration;
 }
 // launch("k", k, grid, block, shared, stream)(args): arguments are copied now, used when it runs.
@@ -448,8 +458,8 @@ struct Report {                         // EMU_REPORT=1, at exit
         if (!settings.report) return;
         for (auto &[f, k] : kernels)
             fprintf(stderr, "emulate: %s: %llu launches, %zu bytes of shared memory, %llu ldmatrix "
-                    "wavefronts, %llu bank conflicts\n", k.name.c_str(), k.launches, k.shared, k.wavefronts,
-                    k.conflicts);
+                    "wavefronts, %llu bank conflicts\n", k.name.c_str(), k.launches, k.shared,
+                    k.wavefronts, k.conflicts);
     }
 };
 inline Report report_at_exit;           // made after `kernels`, so ended before it
@@ -469,26 +479,27 @@ struct cudaLaunchConfig_t {
 };
 // Programmatic serialization is a permission to start early, of which this makes no use.
 template<class... P, class... A>
-cudaError_t emu_launch_ex(const char *text, const cudaLaunchConfig_t *c, void (*f)(P...), A &&...args) {
+cudaError_t emu_launch(const char *text, const cudaLaunchConfig_t *c, void (*f)(P...), A &&...a) {
     auto run = emu::launch(text, f, c->gridDim, c->blockDim, c->dynamicSmemBytes, c->stream);
-    return run(std::forward<A>(args)...);
+    return run(std::forward<A>(a)...);
 }
-#define cudaLaunchKernelEx(config, ...) emu_launch_ex(#__VA_ARGS__, config, __VA_ARGS__)
+#define cudaLaunchKernelEx(config, ...) emu_launch(#__VA_ARGS__, config, __VA_ARGS__)
 enum cudaFuncAttribute {
     cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
     cudaFuncAttributePreferredSharedMemoryCarveout = 9
 };
 template<class... P>
-cudaError_t emu_func_set_attribute(const char *text, void (*f)(P...), cudaFuncAttribute a, int value) {
+cudaError_t emu_attribute(const char *text, void (*f)(P...), cudaFuncAttribute a, int value) {
     if (a != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
     if (value < 0 || (size_t)value > emu::shared_per_block())
         return emu::last_error = cudaErrorInvalidValue;
     emu::find_kernel((const void *)f, text)->asked = (size_t)value;
     return cudaSuccess;
 }
-#define cudaFuncSetAttribute(...) emu_func_set_attribute(#__VA_ARGS__, __VA_ARGS__)
+#define cudaFuncSetAttribute(...) emu_attribute(#__VA_ARGS__, __VA_ARGS__)
 template<class... P>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, void (*)(P...), int threads, size_t shared) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, void (*)(P...), int threads,
+                                                          size_t shared) {
     *n = std::min(2048 / threads, (int)(emu::shared_per_multiprocessor() / (shared + emu::KiB)));
     return cudaSuccess;
 }
@@ -498,9 +509,9 @@ struct cudaDeviceProp {
     char name[256];
     size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
     size_t reservedSharedMemPerBlock;
-    int major, minor, multiProcessorCount, warpSize, maxThreadsPerBlock, maxThreadsPerMultiProcessor;
-    int regsPerBlock, regsPerMultiprocessor, l2CacheSize, memoryBusWidth, ECCEnabled, integrated;
-    int concurrentManagedAccess;
+    int major, minor, multiProcessorCount, warpSize, maxThreadsPerBlock;
+    int maxThreadsPerMultiProcessor, regsPerBlock, regsPerMultiprocessor, l2CacheSize;
+    int memoryBusWidth, ECCEnabled, integrated;
 };
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
     *p = {};
@@ -518,32 +529,30 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
     p->l2CacheSize = 50 << 20, p->memoryBusWidth = 5120;
     return cudaSuccess;
 }
-enum cudaDeviceAttr {
-    cudaDevAttrMaxThreadsPerBlock = 1, cudaDevAttrMaxSharedMemoryPerBlock = 8,
-    cudaDevAttrClockRate = 13, cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMemoryClockRate = 36,
-    cudaDevAttrGlobalMemoryBusWidth = 37, cudaDevAttrL2CacheSize = 38,
-    cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76,
-    cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
-};
+#define EMU_ATTRIBUTES(X)                                                                    \
+    X(MaxThreadsPerBlock, 1, p.maxThreadsPerBlock)                                           \
+    X(MaxSharedMemoryPerBlock, 8, p.sharedMemPerBlock)                                       \
+    X(ClockRate, 13, 1000000)           /* kHz; means nothing here */                        \
+    X(MultiProcessorCount, 16, p.multiProcessorCount)                                        \
+    X(MemoryClockRate, 36, 1000000)     /* kHz; means nothing here */                        \
+    X(GlobalMemoryBusWidth, 37, p.memoryBusWidth)                                            \
+    X(L2CacheSize, 38, p.l2CacheSize)                                                        \
+    X(ComputeCapabilityMajor, 75, p.major)                                                   \
+    X(ComputeCapabilityMinor, 76, p.minor)                                                   \
+    X(MaxSharedMemoryPerMultiprocessor, 81, p.sharedMemPerMultiprocessor)                    \
+    X(MaxSharedMemoryPerBlockOptin, 97, p.sharedMemPerBlockOptin)
+#define X(name, number, value) cudaDevAttr##name = number,
+enum cudaDeviceAttr { EMU_ATTRIBUTES(X) };
+#undef X
 inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr a, int device) {
     cudaDeviceProp p;
     if (cudaError_t e = cudaGetDeviceProperties(&p, device)) return e;
-    switch (a) {
-    case cudaDevAttrMaxThreadsPerBlock: *value = p.maxThreadsPerBlock; break;
-    case cudaDevAttrMaxSharedMemoryPerBlock: *value = (int)p.sharedMemPerBlock; break;
-    case cudaDevAttrClockRate: *value = 1000000; break;         // kHz: 1 GHz, of no meaning
-    case cudaDevAttrMultiProcessorCount: *value = p.multiProcessorCount; break;
-    case cudaDevAttrMemoryClockRate: *value = 1000000; break;
-    case cudaDevAttrGlobalMemoryBusWidth: *value = p.memoryBusWidth; break;
-    case cudaDevAttrL2CacheSize: *value = p.l2CacheSize; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = p.major; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = p.minor; break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = (int)p.sharedMemPerMultiprocessor; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = (int)p.sharedMemPerBlockOptin; break;
-    }
-    return cudaSuccess;
+#define X(name, number, from) if (a == cudaDevAttr##name) return *value = (int)from, cudaSuccess;
+    EMU_ATTRIBUTES(X)
+#undef X
+    return cudaErrorInvalidValue;
 }
-inline cudaError_t cudaSetDevice(int device) { return device ? cudaErrorInvalidDevice : cudaSuccess; }
+inline cudaError_t cudaSetDevice(int d) { return d ? cudaErrorInvalidDevice : cudaSuccess; }
 inline cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int *n) { return *n = 1, cudaSuccess; }
 inline cudaError_t cudaDriverGetVersion(int *v) { return *v = CUDART_VERSION, cudaSuccess; }

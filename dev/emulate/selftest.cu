@@ -1,0 +1,666 @@
+// Does the shim do what a GPU does? One source, checked against plain C++ by both:
+//   nvcc -std=c++20 -O2 -arch=sm_90 dev/emulate/selftest.cu -lcublasLt -o selftest && ./selftest
+//   make test-emulate-shim
+#include <cuda_runtime.h>
+#include <cuda_bf16.h>
+#include <cublasLt.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <vector>
+
+typedef __nv_bfloat16 bf16;
+#define CHECK(call) check((call) == 0, #call, __LINE__)
+static void check(bool ok, const char *what, int line) {
+    if (ok) return;
+    printf("selftest.cu:%d: failed: %s\n", line, what);
+    exit(1);
+}
+
+// ---- the PTX wrappers: the only code that differs -----------------------------------------------
+#ifdef __CUDACC__
+__device__ inline unsigned shared_address(const void *p) {
+    return (unsigned)__cvta_generic_to_shared(p);
+}
+__device__ inline void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ inline void ldmatrix(uint32_t r[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)) : "memory");
+}
+__device__ inline void ldmatrix_trans(uint32_t r[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)) : "memory");
+}
+__device__ inline void cp_async16(void *to, const void *from, bool valid) {    // zeros if not valid
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template<int PENDING> __device__ inline void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
+}
+__device__ inline void barrier_sync(int id, int n) {
+    asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(n) : "memory");
+}
+__device__ inline void barrier_arrive(int id, int n) {
+    asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(n) : "memory");
+}
+#else
+#include "mma.h"
+inline void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    emu::mma_m16n8k16_bf16(d, a, b);
+}
+inline void ldmatrix(uint32_t r[4], const void *row) { emu::ldmatrix(4, false, r, row); }
+inline void ldmatrix_trans(uint32_t r[4], const void *row) { emu::ldmatrix(4, true, r, row); }
+inline void cp_async16(void *to, const void *from, bool valid) {
+    emu::cp_async(to, from, 16, !valid);
+}
+inline void cp_async_commit() { emu::cp_async_commit(); }
+template<int PENDING> inline void cp_async_wait() { emu::cp_async_wait_group(PENDING); }
+inline void barrier_sync(int id, int n) { emu::barrier_sync(id, n); }
+inline void barrier_arrive(int id, int n) { emu::barrier_arrive(id, n); }
+#endif
+
+// ---- helpers ------------------------------------------------------------------------------------
+template<class T> struct Device {       // n elements on the device, with a way to and fro
+    T *p;
+    size_t n;
+    explicit Device(size_t n) : n(n) { CHECK(cudaMalloc(&p, n * sizeof(T))); }
+    explicit Device(const std::vector<T> &v) : Device(v.size()) {
+        CHECK(cudaMemcpy(p, v.data(), n * sizeof(T), cudaMemcpyHostToDevice));
+    }
+    Device(const Device &) = delete;
+    ~Device() { CHECK(cudaFree(p)); }
+    std::vector<T> host() const {
+        std::vector<T> v(n);
+        CHECK(cudaMemcpy(v.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost));
+        return v;
+    }
+};
+static uint32_t random32() {
+    static uint64_t s = 1;
+    s = s * 6364136223846793005ull + 1442695040888963407ull;
+    return (uint32_t)(s >> 32);
+}
+static float uniform() { return (float)(random32() >> 8) / (1 << 23) - 1; }     // -1 to 1
+static std::vector<bf16> random_bf16(size_t n) {
+    std::vector<bf16> v(n);
+    for (bf16 &x : v) x = __float2bfloat16(uniform());
+    return v;
+}
+static bool close_to(double got, double want, double bound) { return fabs(got - want) <= bound; }
+static bool launched() { return !cudaGetLastError() && !cudaDeviceSynchronize(); }
+
+// ---- built-in variables -------------------------------------------------------------------------
+__global__ void number_kernel(unsigned *out) {
+    unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+    out[block * blockDim.x * blockDim.y * blockDim.z + thread] = block * 1000 + thread;
+}
+static bool test_numbers() {
+    unsigned blocks = 2 * 3 * 4, threads = 5 * 3 * 7;
+    Device<unsigned> out(blocks * threads);
+    number_kernel<<<dim3(2, 3, 4), dim3(5, 3, 7)>>>(out.p);
+    bool ok = launched();
+    std::vector<unsigned> v = out.host();
+    for (unsigned i = 0; i < v.size(); i++) ok &= v[i] == i / threads * 1000 + i % threads;
+    return ok;
+}
+
+// ---- shuffles and votes -------------------------------------------------------------------------
+__global__ void shuffle_kernel(double *out, int width) {
+    int l = threadIdx.x;
+    double v = 100 + l;
+    out[l] = __shfl_sync(~0u, v, l * 5 + 3, width);
+    out[32 + l] = __shfl_up_sync(~0u, v, 3, width);
+    out[64 + l] = __shfl_down_sync(~0u, v, 3, width);
+    out[96 + l] = __shfl_xor_sync(~0u, v, 5, width);
+    out[128 + l] = 0;
+    if (l % 4 == 1) out[128 + l] = __shfl_sync(0x22222222, (float)v, l + 4);    // 8 lanes only
+}
+static bool test_shuffles() {
+    bool ok = true;
+    for (int width = 32; width >= 8; width /= 4) {
+        Device<double> out(160);
+        shuffle_kernel<<<1, 32>>>(out.p, width);
+        ok &= launched();
+        std::vector<double> v = out.host();
+        for (int l = 0; l < 32; l++) {
+            int first = l / width * width, i = l % width;
+            auto is = [&](int row, int lane) { ok &= v[32 * row + l] == 100 + lane; };
+            is(0, first + (i * 5 + first * 5 + 3) % width);
+            is(1, i < 3 ? l : l - 3);
+            is(2, i + 3 >= width ? l : l + 3);
+            is(3, l ^ 5);
+            ok &= v[128 + l] == (l % 4 == 1 ? 100 + (l + 4) % 32 : 0);
+        }
+    }
+    return ok;
+}
+__global__ void vote_kernel(unsigned *out) {
+    int l = threadIdx.x;
+    if (l < 24) {
+        unsigned b = __ballot_sync(0xffffff, l % 3 == 0);
+        int any = __any_sync(0xffffff, l == 23), none = __any_sync(0xffffff, l > 23);
+        int all = __all_sync(0xffffff, l < 24), most = __all_sync(0xffffff, l);
+        if (l == 0) out[0] = b, out[1] = any | none << 1 | all << 2 | most << 3;
+    }
+}
+static bool test_votes() {
+    Device<unsigned> out(2);
+    vote_kernel<<<1, 32>>>(out.p);
+    bool ok = launched();
+    std::vector<unsigned> v = out.host();
+    unsigned thirds = 0;
+    for (int l = 0; l < 24; l += 3) thirds |= 1u << l;
+    return ok && v[0] == thirds && v[1] == (1 | 4);
+}
+
+// ---- shared memory and barriers -----------------------------------------------------------------
+__global__ void reverse_kernel(int *out, int rounds) {
+    __shared__ int a[256], b[256];
+    extern __shared__ int sums[];
+    int t = threadIdx.x;
+    a[t] = t;
+    for (int r = 0; r < rounds; r++) {
+        __syncthreads();
+        b[t] = a[255 - t] + 1;
+        __syncthreads();
+        a[t] = b[t];
+    }
+    int v = a[t];
+    for (int m = 16; m; m /= 2) v += __shfl_xor_sync(~0u, v, m);
+    if (t % 32 == 0) sums[t / 32] = v;
+    __syncthreads();
+    for (int w = 0; w < 8; w++) v += w == t / 32 ? 0 : sums[w];
+    out[blockIdx.x * 256 + t] = v;
+}
+static bool test_barriers() {
+    Device<int> out(3 * 256);
+    reverse_kernel<<<3, 256, 8 * sizeof(int)>>>(out.p, 3);
+    bool ok = launched();
+    for (int v : out.host()) ok &= v == 255 * 256 / 2 + 3 * 256;
+    return ok;
+}
+// Warps 0 and 1 fill buffers in turn, 2 and 3 add them up: two numbered barriers for each buffer.
+__global__ void roles_kernel(int *out, int rounds) {
+    __shared__ int buffer[2][64];
+    int t = threadIdx.x % 64, sum = 0;
+    for (int r = 0; r < rounds; r++) {
+        int full = 1 + r % 2, empty = 3 + r % 2;
+        if (threadIdx.x < 64) {
+            if (r >= 2) barrier_sync(empty, 128);
+            buffer[r % 2][t] = r * 100 + t;
+            barrier_arrive(full, 128);
+        } else {
+            barrier_sync(full, 128);
+            sum += buffer[r % 2][63 - t];
+            if (r + 2 < rounds) barrier_arrive(empty, 128);
+        }
+    }
+    if (threadIdx.x >= 64) out[t] = sum;
+}
+static bool test_named_barriers() {
+    Device<int> out(64);
+    roles_kernel<<<1, 128>>>(out.p, 9);
+    bool ok = launched();
+    std::vector<int> v = out.host();
+    for (int t = 0; t < 64; t++) ok &= v[t] == 3600 + 9 * (63 - t);
+    return ok;
+}
+__global__ void big_shared_kernel(int *out, int n) {
+    __shared__ int last[32];
+    extern __shared__ int numbers[];
+    for (int i = threadIdx.x; i < n; i += 32) numbers[i] = i;
+    __syncthreads();
+    last[threadIdx.x] = numbers[n - 1 - threadIdx.x];
+    __syncwarp();
+    out[threadIdx.x] = last[31 - threadIdx.x];
+}
+static bool test_shared_limits() {
+    Device<int> out(32);
+    int most;
+    CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+    int room = most - 128, n = room / 4;            // 128 bytes are static
+    big_shared_kernel<<<1, 32, room>>>(out.p, n);
+    bool ok = cudaGetLastError() == cudaErrorInvalidValue;          // did not ask for so much
+    auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    ok &= cudaFuncSetAttribute(big_shared_kernel, limit, most + 1) == cudaErrorInvalidValue;
+    cudaGetLastError();
+    ok &= !cudaFuncSetAttribute(big_shared_kernel, limit, room);
+    big_shared_kernel<<<1, 32, room>>>(out.p, n);
+    ok &= launched();
+    std::vector<int> v = out.host();
+    for (int t = 0; t < 32; t++) ok &= v[t] == n - 32 + t;
+    return ok;
+}
+
+// ---- atomics and intrinsics ---------------------------------------------------------------------
+__global__ void atomic_kernel(int *out, unsigned long long *wide) {
+    int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    atomicAdd(&out[0], i);
+    atomicMax(&out[1], i);
+    atomicMin(&out[2], -i);
+    atomicOr(&out[3], 1 << (i % 31));
+    if (atomicCAS(&out[4], i, i + 1) == i) atomicAdd(&out[5], 1);   // only one finds its number
+    atomicAdd(wide, 1ull << 33);
+}
+static bool test_atomics() {
+    Device<int> out(std::vector<int>(6, 0));
+    Device<unsigned long long> wide(std::vector<unsigned long long>(1, 0));
+    atomic_kernel<<<4, 64>>>(out.p, wide.p);
+    bool ok = launched();
+    std::vector<int> v = out.host();
+    ok &= v[0] == 255 * 256 / 2 && v[1] == 255 && v[2] == -255 && v[3] == 0x7fffffff;
+    return ok && v[4] >= 1 && v[4] == v[5] && wide.host()[0] == 256ull << 33;
+}
+__global__ void intrinsic_kernel(float *f, unsigned *u) {
+    f[0] = rsqrtf(16.0f), f[1] = __expf(1.5f), f[2] = fmaf(2.0f, 3.0f, 4.0f);
+    f[3] = max(1.0f, 2.5f), f[4] = min(3.0f, -2.0f), f[5] = __uint_as_float(0x40490fdbu);
+    u[0] = __popc(0xf0f01u), u[1] = __clz(0x10000), u[2] = __ffs(0x50), u[3] = __brev(0x13u);
+    u[4] = __umulhi(0x80000001u, 6u), u[5] = __float_as_uint(-1.0f);
+}
+static bool test_intrinsics() {
+    Device<float> f(6);
+    Device<unsigned> u(6);
+    intrinsic_kernel<<<1, 1>>>(f.p, u.p);
+    bool ok = launched();
+    std::vector<float> a = f.host();
+    const float want[] = {0.25f, 4.4816891f, 10, 2.5f, -2, 3.14159274f};
+    for (int i = 0; i < 6; i++) ok &= close_to(a[i], want[i], 1e-5);
+    const std::vector<unsigned> bits = {9, 15, 5, 0xc8000000u, 3, 0xbf800000u};
+    return ok && u.host() == bits;
+}
+
+// ---- bf16 ---------------------------------------------------------------------------------------
+// By the definition, in double: the nearest of the two neighbours, the even one in a tie.
+static unsigned short nearest_bf16(float f) {
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    if (f != f) return 0x7fff;
+    uint32_t below = u >> 16, step = u & 0xffff;    // by magnitude
+    return (unsigned short)(below + (step > 0x8000 || (step == 0x8000 && below % 2)));
+}
+__global__ void bf16_kernel(unsigned short *out, float *back, const float *in, int n) {
+    int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    if (i >= n) return;
+    bf16 h = __float2bfloat16(in[i]);
+    out[i] = __bfloat16_as_ushort(h);
+    back[i] = __bfloat162float(__ushort_as_bfloat16((unsigned short)i));
+}
+static bool test_bf16() {
+    int n = 1 << 16;
+    std::vector<float> in(n);
+    for (int i = 0; i < n; i++) {                   // every encoding, with ties and near ties
+        uint32_t low[] = {0, 0x8000, 0x7fff, 0x8001}, u = (uint32_t)i << 16 | low[i / 7 % 4];
+        memcpy(&in[i], &u, 4);
+    }
+    Device<float> x(in), back(n);
+    Device<unsigned short> out(n);
+    bf16_kernel<<<n / 128, 128>>>(out.p, back.p, x.p, n);
+    bool ok = launched();
+    std::vector<unsigned short> v = out.host();
+    std::vector<float> f = back.host();
+    for (int i = 0; i < n; i++) {
+        uint32_t u = (uint32_t)i << 16, got;
+        memcpy(&got, &f[i], 4);
+        bool nan = (u & 0x7fffffff) > 0x7f800000;
+        ok &= v[i] == nearest_bf16(in[i]) && (nan ? f[i] != f[i] : got == u);
+        ok &= __bfloat16_as_ushort(__float2bfloat16(in[i])) == v[i];            // on the host too
+    }
+    return ok;
+}
+
+// ---- tensor cores -------------------------------------------------------------------------------
+// D (16,8) = A (16,16) B (16,8), from registers by the layout in the PTX manual.
+__global__ void mma_kernel(float *D, const bf16 *A, const bf16 *B) {
+    int l = threadIdx.x, g = l / 4, t = l % 4;
+    auto pair = [](bf16 low, bf16 high) {
+        return (uint32_t)__bfloat16_as_ushort(low) | (uint32_t)__bfloat16_as_ushort(high) << 16;
+    };
+    uint32_t a[4], b[2];
+    for (int r = 0; r < 4; r++) {
+        const bf16 *p = A + (g + r % 2 * 8) * 16 + 2 * t + r / 2 * 8;
+        a[r] = pair(p[0], p[1]);
+    }
+    for (int r = 0; r < 2; r++) {
+        const bf16 *p = B + (2 * t + 8 * r) * 8 + g;
+        b[r] = pair(p[0], p[8]);
+    }
+    float d[4] = {1, 1, 1, 1};
+    mma(d, a, b);
+    for (int r = 0; r < 4; r++) D[(g + r / 2 * 8) * 8 + 2 * t + r % 2] = d[r];
+}
+static bool test_mma() {
+    std::vector<bf16> A = random_bf16(16 * 16), B = random_bf16(16 * 8);
+    Device<bf16> a(A), b(B);
+    Device<float> d(16 * 8);
+    mma_kernel<<<1, 32>>>(d.p, a.p, b.p);
+    bool ok = launched();
+    std::vector<float> v = d.host();
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 8; j++) {
+            double sum = 1;
+            for (int k = 0; k < 16; k++) sum += (double)(float)A[i * 16 + k] * (float)B[k * 8 + j];
+            ok &= close_to(v[i * 8 + j], sum, 1e-5);
+        }
+    return ok;
+}
+// Two loads of four 8x8 matrices that lie below each other: plain, then transposed.
+__global__ void ldmatrix_kernel(unsigned short *out, const unsigned short *in) {
+    __shared__ __align__(16) unsigned short rows[32][24];
+    int l = threadIdx.x;
+    for (int c = 0; c < 8; c++) rows[l][c] = in[8 * l + c];
+    __syncwarp();
+    uint32_t r[2][4];
+    ldmatrix(r[0], rows[l]);
+    ldmatrix_trans(r[1], rows[l]);
+    for (int k = 0; k < 2; k++)
+        for (int i = 0; i < 4; i++) {
+            unsigned short *p = out + ((k * 4 + i) * 32 + l) * 2;
+            p[0] = (unsigned short)r[k][i], p[1] = (unsigned short)(r[k][i] >> 16);
+        }
+}
+static bool test_ldmatrix() {
+    std::vector<unsigned short> in(256);
+    for (unsigned short &x : in) x = (unsigned short)random32();
+    Device<unsigned short> x(in), out(512);
+    ldmatrix_kernel<<<1, 32>>>(out.p, x.p);
+    bool ok = launched();
+    std::vector<unsigned short> v = out.host();
+    for (int i = 0; i < 4; i++)
+        for (int l = 0; l < 32; l++)
+            for (int h = 0; h < 2; h++) {
+                int row = l / 4, col = 2 * (l % 4) + h;
+                ok &= v[(i * 32 + l) * 2 + h] == in[64 * i + 8 * row + col];
+                ok &= v[((4 + i) * 32 + l) * 2 + h] == in[64 * i + 8 * col + row];
+            }
+    return ok;
+}
+// Three groups of copies, waited for one by one; lanes from 24 on copy zeros.
+__global__ void cp_async_kernel(uint4 *out, const uint4 *in) {
+    __shared__ uint4 s[3][32];
+    int l = threadIdx.x;
+    for (int k = 0; k < 3; k++) {
+        cp_async16(&s[k][l], in + 32 * k + l, l < 24);
+        cp_async_commit();
+    }
+    cp_async_wait<2>();
+    __syncthreads();
+    out[l] = s[0][31 - l];
+    cp_async_wait<0>();
+    __syncthreads();
+    out[32 + l] = s[1][31 - l];
+    out[64 + l] = s[2][31 - l];
+}
+static bool test_cp_async() {
+    std::vector<uint4> in(96);
+    for (uint4 &x : in) x = make_uint4(random32(), random32(), random32(), random32());
+    Device<uint4> x(in), out(96);
+    cp_async_kernel<<<1, 32>>>(out.p, x.p);
+    bool ok = launched();
+    std::vector<uint4> v = out.host();
+    const uint4 zero = {0, 0, 0, 0};
+    for (int i = 0; i < 96; i++) {
+        int from = i / 32 * 32 + 31 - i % 32;
+        ok &= !memcmp(&v[i], from % 32 < 24 ? &in[from] : &zero, sizeof zero);
+    }
+    return ok;
+}
+
+// ---- copies, large buffers ----------------------------------------------------------------------
+static bool test_copies() {
+    std::vector<int> in(6 * 10), out(6 * 10, -1);
+    for (int i = 0; i < 60; i++) in[i] = i;
+    Device<int> d(6 * 7);
+    CHECK(cudaMemset(d.p, 0, 6 * 7 * 4));
+    // 5 of 10 columns to the device, 6 of its 7 back
+    CHECK(cudaMemcpy2D(d.p, 28, in.data(), 40, 20, 6, cudaMemcpyHostToDevice));
+    CHECK(cudaMemcpy2DAsync(out.data(), 40, d.p, 28, 24, 6, cudaMemcpyDeviceToHost, nullptr));
+    CHECK(cudaDeviceSynchronize());
+    bool ok = true;
+    for (int i = 0; i < 60; i++) ok &= out[i] == (i % 10 < 5 ? i : i % 10 == 5 ? 0 : -1);
+    size_t before, after, total;
+    CHECK(cudaMemGetInfo(&before, &total));
+    Device<char> big(8 << 20);
+    CHECK(cudaMemGetInfo(&after, &total));
+    return ok && before <= total && before - after >= 8u << 20;
+}
+__global__ void far_kernel(float *x, size_t pitch) {
+    x[threadIdx.x * pitch + threadIdx.x] = (float)threadIdx.x;
+}
+static bool test_far_offsets() {                    // elements beyond 2^31
+    size_t pitch = (1ull << 31) / 30;
+    Device<float> x(31 * pitch + 32);
+    far_kernel<<<1, 32>>>(x.p, pitch);
+    bool ok = launched();
+    for (size_t t = 0; t < 32; t++) {
+        float v = -1;
+        CHECK(cudaMemcpy(&v, x.p + t * pitch + t, 4, cudaMemcpyDeviceToHost));
+        ok &= v == (float)t;
+    }
+    return ok;
+}
+
+// ---- streams, events, graphs, launch attributes -------------------------------------------------
+__global__ void add_kernel(int *to, const int *from, int n, int plus) {
+    int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    if (i < n) to[i] += from[i] + plus;
+}
+static bool test_streams() {
+    const int n = 1000;
+    cudaStream_t work, copy;
+    cudaEvent_t begin, done;
+    CHECK(cudaStreamCreateWithFlags(&work, cudaStreamNonBlocking));
+    CHECK(cudaStreamCreateWithFlags(&copy, cudaStreamNonBlocking));
+    CHECK(cudaEventCreate(&begin));
+    CHECK(cudaEventCreate(&done));
+    int *pinned;
+    CHECK(cudaMallocHost(&pinned, n * sizeof(int)));
+    Device<int> to(std::vector<int>(n, 1)), from(std::vector<int>(n, 10));
+    CHECK(cudaEventRecord(begin, work));
+    add_kernel<<<8, 128, 0, work>>>(to.p, from.p, n, 5);
+    CHECK(cudaEventRecord(done, work));
+    CHECK(cudaStreamWaitEvent(copy, done, 0));
+    CHECK(cudaMemcpyAsync(pinned, to.p, n * sizeof(int), cudaMemcpyDeviceToHost, copy));
+    CHECK(cudaStreamSynchronize(copy));
+    bool ok = true;
+    for (int i = 0; i < n; i++) ok &= pinned[i] == 16;
+    float ms = -1;
+    CHECK(cudaEventElapsedTime(&ms, begin, done));
+    CHECK(cudaFreeHost(pinned));
+    CHECK(cudaEventDestroy(begin));
+    CHECK(cudaEventDestroy(done));
+    CHECK(cudaStreamDestroy(work));
+    CHECK(cudaStreamDestroy(copy));
+    return ok && ms >= 0;
+}
+static bool test_graph() {
+    const int n = 100;
+    cudaStream_t s;
+    cudaGraph_t graph;
+    cudaGraphExec_t replay;
+    CHECK(cudaStreamCreate(&s));
+    Device<int> x(std::vector<int>(n, 0)), y(std::vector<int>(n, 1)), z(std::vector<int>(n, 9));
+    CHECK(cudaStreamBeginCapture(s, cudaStreamCaptureModeGlobal));
+    CHECK(cudaMemsetAsync(z.p, 0, n * sizeof(int), s));
+    for (int plus = 1; plus <= 3; plus++) add_kernel<<<1, 128, 0, s>>>(x.p, y.p, n, plus);
+    CHECK(cudaMemcpyAsync(z.p, x.p, n / 2 * sizeof(int), cudaMemcpyDeviceToDevice, s));
+    CHECK(cudaStreamEndCapture(s, &graph));
+    CHECK(cudaGraphInstantiate(&replay, graph, 0));
+    bool ok = x.host()[0] == 0 && z.host()[0] == 9;             // nothing has run yet
+    for (int times = 0; times < 4; times++) CHECK(cudaGraphLaunch(replay, s));
+    CHECK(cudaStreamSynchronize(s));
+    std::vector<int> a = x.host(), b = z.host();
+    for (int i = 0; i < n; i++) ok &= a[i] == 4 * 9 && b[i] == (i < n / 2 ? 36 : 0);
+    CHECK(cudaGraphExecDestroy(replay));
+    CHECK(cudaGraphDestroy(graph));
+    CHECK(cudaStreamDestroy(s));
+    return ok;
+}
+static bool test_launch_ex() {
+    Device<int> x(std::vector<int>(64, 1)), y(std::vector<int>(64, 2));
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(2), config.blockDim = dim3(32);
+    int major;
+    CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    config.attrs = &early, config.numAttrs = major >= 9;
+    CHECK(cudaLaunchKernelEx(&config, add_kernel, x.p, (const int *)y.p, 64, 3));
+    bool ok = launched();
+    for (int v : x.host()) ok &= v == 6;
+    return ok;
+}
+
+// ---- cuBLASLt -----------------------------------------------------------------------------------
+struct Case { bool bf16_in, bf16_out, transA, transB; int m, n, k, batch; float beta; };
+static double element(const float *x, bool trans, int pitch, int i, int j) {
+    return trans ? x[j + (size_t)i * pitch] : x[i + (size_t)j * pitch];
+}
+static std::vector<bf16> narrow(const std::vector<float> &v) { return {v.begin(), v.end()}; }
+static std::vector<float> widen(const std::vector<bf16> &v) { return {v.begin(), v.end()}; }
+static cublasLtMatrixLayout_t layout(cudaDataType type, int rows, int cols, int pitch, int batch) {
+    cublasLtMatrixLayout_t l;
+    int64_t stride = (int64_t)pitch * cols;
+    auto count = CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT;
+    CHECK(cublasLtMatrixLayoutCreate(&l, type, rows, cols, pitch));
+    CHECK(cublasLtMatrixLayoutSetAttribute(l, count, &batch, sizeof batch));
+    CHECK(cublasLtMatrixLayoutSetAttribute(l, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride,
+                                           sizeof stride));
+    return l;
+}
+static bool run_matmul(const Case &c, void *A, void *B, void *D, int pitches[3]) {
+    cublasLtHandle_t handle;
+    cublasLtMatmulDesc_t desc;
+    cublasLtMatmulPreference_t preference;
+    cublasLtMatmulHeuristicResult_t result;
+    int found = 0;
+    size_t room = 1 << 20;
+    float alpha = 0.5f, beta = c.beta;
+    cudaDataType in = c.bf16_in ? CUDA_R_16BF : CUDA_R_32F;
+    cudaDataType out = c.bf16_out ? CUDA_R_16BF : CUDA_R_32F;
+    cublasOperation_t ta = c.transA ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasOperation_t tb = c.transB ? CUBLAS_OP_T : CUBLAS_OP_N;
+    CHECK(cublasLtCreate(&handle));
+    auto compute = c.bf16_in ? CUBLAS_COMPUTE_32F : CUBLAS_COMPUTE_32F_PEDANTIC;
+    CHECK(cublasLtMatmulDescCreate(&desc, compute, CUDA_R_32F));
+    CHECK(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSA, &ta, sizeof ta));
+    CHECK(cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSB, &tb, sizeof tb));
+    auto a = layout(in, c.transA ? c.k : c.m, c.transA ? c.m : c.k, pitches[0], c.batch);
+    auto b = layout(in, c.transB ? c.n : c.k, c.transB ? c.k : c.n, pitches[1], c.batch);
+    auto d = layout(out, c.m, c.n, pitches[2], c.batch);
+    CHECK(cublasLtMatmulPreferenceCreate(&preference));
+    CHECK(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                               &room, sizeof room));
+    CHECK(cublasLtMatmulAlgoGetHeuristic(handle, desc, a, b, d, d, preference, 1, &result, &found));
+    bool ok = found == 1 && result.workspaceSize <= room;
+    Device<char> work(room);
+    CHECK(cublasLtMatmul(handle, desc, &alpha, A, a, B, b, &beta, D, d, D, d, &result.algo, work.p,
+                         room, nullptr));
+    CHECK(cudaDeviceSynchronize());
+    for (auto l : {a, b, d}) CHECK(cublasLtMatrixLayoutDestroy(l));
+    CHECK(cublasLtMatmulPreferenceDestroy(preference));
+    CHECK(cublasLtMatmulDescDestroy(desc));
+    CHECK(cublasLtDestroy(handle));
+    return ok;
+}
+static bool test_one_matmul(const Case &c) {
+    int pitches[3] = {(c.transA ? c.k : c.m) + 8, c.transB ? c.n : c.k, c.m + 16};
+    size_t sizes[3] = {(size_t)pitches[0] * (c.transA ? c.m : c.k),
+                       (size_t)pitches[1] * (c.transB ? c.k : c.n), (size_t)pitches[2] * c.n};
+    std::vector<float> x[3];                        // A, B, C: numbers that bf16 has
+    for (int i = 0; i < 3; i++) x[i] = widen(random_bf16(sizes[i] * c.batch));
+    Device<float> A(x[0]), B(x[1]), D(x[2]);
+    Device<bf16> hA(narrow(x[0])), hB(narrow(x[1])), hD(narrow(x[2]));
+    void *a = c.bf16_in ? (void *)hA.p : A.p, *b = c.bf16_in ? (void *)hB.p : B.p;
+    bool ok = run_matmul(c, a, b, c.bf16_out ? (void *)hD.p : D.p, pitches);
+    std::vector<float> got = c.bf16_out ? widen(hD.host()) : D.host();
+    for (int z = 0; z < c.batch; z++) {
+        const float *Az = &x[0][z * sizes[0]], *Bz = &x[1][z * sizes[1]];
+        for (int i = 0; i < pitches[2]; i++)
+            for (int j = 0; j < c.n; j++) {
+                size_t at = z * sizes[2] + i + (size_t)j * pitches[2];
+                double sum = c.beta * x[2][at];
+                for (int k = 0; k < c.k && i < c.m; k++)
+                    sum += 0.5 * element(Az, c.transA, pitches[0], i, k)
+                               * element(Bz, c.transB, pitches[1], k, j);
+                double want = i < c.m ? sum : x[2][at];             // what pads a column stays
+                ok &= close_to(got[at], want, c.bf16_out ? 0.01 * fabs(want) + 1e-3 : 1e-4);
+            }
+    }
+    return ok;
+}
+static bool test_cublas() {
+    bool ok = true;
+    for (int i = 0; i < 16; i++) {
+        bool bf16_in = i & 1, bf16_out = bf16_in && i & 2;
+        ok &= test_one_matmul({bf16_in, bf16_out, (i & 4) != 0, (i & 8) != 0, 24, 40, 56,
+                               i % 3 ? 1 : 2, i & 2 ? 1.0f : 0.0f});
+    }
+    return ok;
+}
+
+// ---- what only the shim has ---------------------------------------------------------------------
+#ifdef __CUDACC__
+static bool test_shim() { return true; }
+#else
+__global__ void conflict_kernel(int pitch) {
+    extern __shared__ __align__(128) unsigned short rows[];
+    for (int i = threadIdx.x; i < 32 * pitch; i += 32) rows[i] = 0;
+    __syncwarp();
+    uint32_t r[4];
+    ldmatrix(r, rows + threadIdx.x * pitch);
+}
+static unsigned long long conflicts(int pitch) {
+    unsigned long long before = emu::kernels[(const void *)conflict_kernel].conflicts;
+    conflict_kernel<<<1, 32, 64 * 72>>>(pitch);
+    CHECK(cudaDeviceSynchronize());
+    return emu::kernels[(const void *)conflict_kernel].conflicts - before;
+}
+static bool test_shim() {
+    // rows of 128 bytes: all eight of a matrix in one place; of 144: none; of 64: four in each
+    bool ok = conflicts(64) == 4 * 7 && conflicts(72) == 0 && conflicts(32) == 4 * 3;
+    Device<float> fresh(3), large(30 << 20);
+    for (float v : fresh.host()) ok &= v != v;
+    for (size_t i : {0, 4 << 20, (30 << 20) - 1}) {
+        float v = 0;
+        CHECK(cudaMemcpy(&v, large.p + i, 4, cudaMemcpyDeviceToHost));
+        ok &= v != v;
+    }
+    return ok;
+}
+#endif
+
+int main() {
+    struct { const char *name; bool (*run)(); } tests[] = {
+        {"thread and block numbers", test_numbers}, {"shuffles", test_shuffles},
+        {"votes", test_votes},
+        {"barriers and shared memory", test_barriers}, {"numbered barriers", test_named_barriers},
+        {"limits of shared memory", test_shared_limits}, {"atomics", test_atomics},
+        {"intrinsics", test_intrinsics}, {"bf16", test_bf16}, {"mma", test_mma},
+        {"ldmatrix", test_ldmatrix}, {"cp.async", test_cp_async}, {"copies", test_copies},
+        {"offsets beyond 2^31", test_far_offsets}, {"streams and events", test_streams},
+        {"graph", test_graph}, {"cudaLaunchKernelEx", test_launch_ex},
+        {"cublasLtMatmul", test_cublas},
+        {"conflicts and fresh memory", test_shim},
+    };
+    int passed = 0, failed = 0;
+    for (auto &t : tests) {
+        bool ok = t.run();
+        ok ? passed++ : failed++;
+        if (!ok) printf("%s: WRONG\n", t.name);
+    }
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed != 0;
+}

@@ -1,0 +1,93 @@
+// flags.h: reads the command line by the table of flags, and prints --help from it.
+
+static const char *flag_name(size_t i) {                     // --d-model
+    const char *s = str("--%s", flag_specs[i].name);
+    for (char *c = (char *)s; *c; c++) if (*c == '_') *c = '-';
+    return s;
+}
+
+// Gives flag i a value as text; "" is the value of a flag that is decided later.
+static void flag_set(size_t i, const char *text) {
+    const FlagSpec *s = &flag_specs[i];
+    char *field = (char *)&flags + s->offset, *end = NULL;
+    if (!strcmp(s->type, "Str") || !strcmp(s->type, "Opt")) {
+        *(Str *)field = text;
+        return;
+    }
+    double value = *text ? strtod(text, &end) : 0;
+    int whole = s->type[0] != 'N';
+    if (*text) {
+        if (whole) strtoll(text, &end, 10);
+        if (*end || isspace((unsigned char)*text) || !(value >= s->least && value <= s->most))
+            die_usage("%s %s: expected %s from %.15g to %.15g", flag_name(i), text,
+                      whole ? "a whole number" : "a number", s->least, s->most);
+    }
+    if (!whole) *(Num *)field = value;
+    else *(Int *)field = *text ? strtoll(text, &end, 10) : 0;
+}
+
+static void flags_default(void) {
+    for (size_t i = 0; i < FLAG_COUNT; i++) flag_set(i, flag_specs[i].text);
+    flags.compare = NULL;
+}
+
+static void print_help(void) {
+    const char *group = "";
+    printf("Trains Mamba-2 language models, and generates text with them. For example\n\n"
+           "    %s --data 'data/*.txt' --model small --steps 2000 --out out\n"
+           "    %s --out out --generate 200 --prompt 'ROMEO:'\n\n"
+           "Without a flag it trains a small model on Shakespeare. A flag is --name value or "
+           "--name=value.\n", program, program);
+    for (size_t i = 0; i < FLAG_COUNT; i++) {
+        const FlagSpec *s = &flag_specs[i];
+        if (strcmp(group, s->group)) printf("\n%s\n", group = s->group);
+        const char *value = !strcmp(s->type, "Switch") ? "" : !strcmp(s->type, "Opt") ? "[REF[,BASE]]"
+                          : s->type[0] == 'I' ? "N" : s->type[0] == 'N' ? "X" : "S";
+        printf("  %-24s ", str("%s %s", flag_name(i), value));
+        if (!strcmp(s->help, "a preset: PRESETS")) {
+            printf("a preset:");
+            for (size_t k = 0; k < PRESET_COUNT; k++) printf(" %s", presets[k].name);
+        } else printf("%s", s->help);
+        printf(*s->text ? " (%s)\n" : "\n", s->text);
+    }
+}
+
+// Characters that a word on the command line has in common with the name of flag i
+static size_t common_prefix(size_t i, const char *word) {
+    const char *name = flag_name(i);
+    size_t n = 0;
+    while (word[n] && word[n] == name[n]) n++;
+    return n;
+}
+
+static size_t find_flag(const char *word) {
+    size_t size = strcspn(word, "="), best = 0, most = 0;
+    for (size_t i = 0; i < FLAG_COUNT; i++) {
+        size_t n = common_prefix(i, word);
+        if (n == size && strlen(flag_specs[i].name) + 2 == size) return i;
+        if (n > most) best = i, most = n;
+    }
+    die_usage("unknown flag %.*s%s", (int)size, word,
+              most > 3 ? str("; did you mean %s?", flag_name(best)) : "; see --help");
+}
+
+static void flags_parse(int argc, char **argv) {
+    flags_default();
+    for (int a = 1; a < argc; a++) {
+        size_t i = find_flag(argv[a]);
+        const char *type = flag_specs[i].type, *value = strchr(argv[a], '=');
+        if (value) value++;
+        if (!value && !strcmp(type, "Switch")) value = "1";
+        else if (!value && !strcmp(type, "Opt"))
+            value = a + 1 < argc && strncmp(argv[a + 1], "--", 2) ? argv[++a] : "";
+        else if (!value) {
+            if (a + 1 == argc || !strncmp(argv[a + 1], "--", 2))
+                die_usage("%s needs a value", flag_name(i));
+            value = argv[++a];
+        }
+        if (!*value && strcmp(type, "Str") && strcmp(type, "Opt"))
+            die_usage("%s needs a value", flag_name(i));
+        flag_set(i, value);
+        given[i] = 1;
+    }
+}
