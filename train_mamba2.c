@@ -26,11 +26,15 @@
 // with -DREAL=double, in double: the double program is the judge of the float one.
 
 #ifndef NO_INCLUDES                     // train_mamba2.cu includes these outside its namespaces
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE                     // nftw
+#endif
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
+#include <ftw.h>
 #include <glob.h>
 #include <inttypes.h>
 #include <limits.h>
@@ -168,7 +172,7 @@ X(Int,    seq_len,       "256",     1,      1e8,    "Training",   "tokens of a r
 X(Int,    accum,         "1",       1,      1e6,    "Training",   "micro-batches of a step")\
 X(Switch, carry,         "",        0,      1,      "Training",   "rows go on where the last step's stopped, with its states")\
 X(Switch, recompute,     "",        0,      1,      "Training",   "keep one layer's activations and compute them again")\
-X(Str,    dtype,         "f32",     0,      0,      "Training",   "of matrix products: f32 or bf16")\
+X(Str,    dtype,         "",        0,      0,      "Training",   "of matrix products: f32 (a CPU's default) or bf16 (a GPU's)")\
 X(Int,    threads,       "",        1,      4096,   "Training",   "default: OMP_NUM_THREADS, else all cores")\
 X(Num,    lr,            "4e-3",    0,      1e3,    "Optimizer",  "peak learning rate")\
 X(Num,    min_lr,        "",        0,      1e3,    "Optimizer",  "last learning rate; default lr/10")\
@@ -392,17 +396,22 @@ static real *allocate(void *tensors, const Spec *specs, size_t count) {
 static void expect_one_of(size_t i, const char *value, const char *choices) {
     size_t n = strlen(value);
     for (const char *c = choices; *c; c += strcspn(c, " "), c += *c == ' ')
-        if (n && !strncmp(c, value, n) && (c[n] == ' ' || !c[n])) return;
+        if (!strncmp(c, value, n) && strcspn(c, " ") == n) return;
     die_usage("%s %s: expected one of: %s", flag_name(i), value, choices);
 }
 
-// What the ranges of single values cannot tell
+// What the range of a single value cannot tell
 static void flags_check(void) {
     expect_one_of(FLAG_schedule, flags.schedule, "constant linear cosine wsd");
-    expect_one_of(FLAG_dtype, flags.dtype, "f32 bf16");
-    if (!given[FLAG_min_lr]) flags.min_lr = flags.lr/10;
-    if (!*flags.data) die_usage("--data needs a value");
-    if (!*flags.out) die_usage("--out needs a value");
+    if (given[FLAG_dtype]) expect_one_of(FLAG_dtype, flags.dtype, "f32 bf16");
+    if (given[FLAG_dt_limit]) {
+        char *comma, *end = NULL;
+        double lo = strtod(flags.dt_limit, &comma), hi = NAN;
+        if (*comma == ',') hi = strtod(comma + 1, &end);
+        if (!(lo >= 0 && lo <= hi) || *end || end == comma + 1 || comma == flags.dt_limit)
+            die_usage("--dt-limit %s: expected LO,HI with 0 <= LO <= HI", flags.dt_limit);
+        flags.dt_limit = strdup(str("%.17g,%.17g", lo, hi));
+    }
 }
 
 #include "dev/lib/matmul.h"               // matmul, matmul_small, transpose
@@ -1360,7 +1369,7 @@ static void model_zero_grad(Model *m) {
 // ================================================================================================
 
 // The norm of all gradients together, in double, in a fixed order; NaN and Inf come through.
-static double gradient_norm(const Model *m) {
+static double gradient_norm(Model *m) {
     size_t block = 4096, blocks = ceil_div(m->size, block);
     double *parts = (double *)alloc(blocks, sizeof(double)), sum = 0;
     PARALLEL_FOR
@@ -1418,28 +1427,15 @@ enum { WINDOW = 128 };
 typedef struct { double values[WINDOW]; Int count; } Recent;
 
 static int outlier(const Recent *r, double value, double limit) {
-    if (limit <= 0 || r->count < WINDOW) return 0;           // not enough history to judge by
+    Int n = r->count < WINDOW ? r->count : WINDOW;
+    if (limit <= 0 || n < 16) return 0;                      // not enough history to judge by
     double mean = 0, var = 0;
-    for (int i = 0; i < WINDOW; i++) mean += r->values[i]/(int)WINDOW;
-    for (int i = 0; i < WINDOW; i++) var += (r->values[i] - mean)*(r->values[i] - mean)/(int)WINDOW;
+    for (Int i = 0; i < n; i++) mean += r->values[i]/(double)n;
+    for (Int i = 0; i < n; i++) var += (r->values[i] - mean)*(r->values[i] - mean)/(double)n;
     return value - mean > limit*sqrt(var);
 }
 
 static void remember(Recent *r, double value) { r->values[r->count++ % WINDOW] = value; }
-
-static void check_finite(const Model *m, double loss, double norm, Int step) {
-    CHECK(isfinite(loss), "step %" PRId64 ": the loss is %g; nothing was saved since the last "
-          "checkpoint; try a smaller --lr or look at the data", step, loss);
-    if (isfinite(norm)) return;
-    for (size_t k = 0; k < PARAM_COUNT; k++)
-        for (size_t i = 0; i < m->specs[k].count; i++) {
-            double g = (double)((real **)&m->g)[k][i];
-            CHECK(isfinite(g), "step %" PRId64 ": the gradient of %s at element %zu is %g; nothing "
-                  "was saved since the last checkpoint; try a smaller --lr", step,
-                  m->specs[k].name, i, g);
-        }
-    die("step %" PRId64 ": the norm of the gradient is %g", step, norm);
-}
 
 // ================================================================================================
 // Tokens: text and llm.c shards into micro-batches
@@ -1447,18 +1443,17 @@ static void check_finite(const Model *m, double loss, double norm, Int step) {
 // A shard of llm.c: 256 int32 (magic, version, number of tokens), then the tokens, 16 or 32 bits
 // wide. All other files are text; several are one stream, each behind an end-of-text token.
 
-typedef struct { const char *path; size_t tokens; } Shard;
+typedef struct { const char *path; size_t tokens, first; } Shard;       // first: of a text's tokens
 
 typedef struct {
-    Shard *shards;                      // in the order of their paths; a text is a single one
-    size_t count;
+    Shard *shards;                      // the files, in the order of their paths
+    size_t files, count;                // count: of shards; all texts together are a single one
     int version;                        // of the shards: 1 or 7; 0: text
     const Tokenizer *tokenizer;         // NULL: the tokens' bytes are not known
     int eot;
     size_t vocab;                       // rows of the model: no token may be beyond
     int *text;                          // the text's tokens
     size_t text_size;
-    int single_text;                    // one file: its last part can be held back
     size_t R, T, accum;                 // a micro-batch, micro-batches of a step (--carry)
     int shuffle, packed, carry;
     uint64_t seed;
@@ -1478,15 +1473,17 @@ static char **match_files(const char *patterns, size_t *count, const char *flag)
     char **paths = NULL;
     *count = 0;
     for (const char *p = patterns; *p; ) {
-        size_t size = strcspn(p, ",");
-        const char *pattern = str("%.*s", (int)size, p);
-        glob_t found;
-        int none = glob(pattern, 0, NULL, &found);
-        CHECK(!none, "%s: no file matches '%s'; give text, or shards in the format of llm.c", flag,
-              pattern);
-        paths = (char **)realloc(paths, (*count + found.gl_pathc)*sizeof(char *));
-        for (size_t i = 0; i < found.gl_pathc; i++) paths[(*count)++] = strdup(found.gl_pathv[i]);
-        globfree(&found);
+        size_t size = exists(p) ? strlen(p) : strcspn(p, ",");           // a name may have a comma
+        char *pattern = strndup(p, size), **found = &pattern;
+        size_t matches = 1;
+        glob_t g;
+        if (!exists(pattern)) {
+            CHECK(!glob(pattern, 0, NULL, &g), "%s: no file matches '%s'; give text, or shards in the "
+                  "format of llm.c", flag, pattern);
+            found = g.gl_pathv, matches = g.gl_pathc;
+        }
+        paths = (char **)realloc(paths, (*count + matches)*sizeof(char *));
+        for (size_t i = 0; i < matches; i++) paths[(*count)++] = found[i];
         p += size + (p[size] == ',');
     }
     CHECK(*count, "%s: no file is named", flag);
@@ -1506,25 +1503,29 @@ static int is_shard_name(const char *path) {
 // Version and number of tokens from the header of a shard
 static int shard_header(const char *path, size_t *tokens) {
     int32_t header[256] = { 0 };
+    struct stat st;
     gzFile file = gzopen(path, "rb");
-    CHECK(file, "%s: %s", path, strerror(errno));
-    int got = gzread(file, header, sizeof header);
+    CHECK(file && stat(path, &st) == 0, "%s: %s", path, strerror(errno));
+    int got = gzread(file, header, sizeof header), packed = !gzdirect(file);
     gzclose(file);
     int version = header[0] == 20240520 && header[1] == 1 ? 1
                 : header[0] == 20240801 && header[1] == 7 ? 7 : 0;
-    CHECK(got == sizeof header && version, "%s: no header of an llm.c shard (expected the number "
-          "20240520 and version 1, or 20240801 and 7; found %d and %d); a headerless file of "
-          "nanoGPT needs converting: dev/data/README.md", path, header[0], header[1]);
+    CHECK(got == sizeof header && version, "%s: no header of an llm.c shard (expected the numbers "
+          "20240520 and 1, or 20240801 and 7; found %d and %d); a headerless file of nanoGPT must be "
+          "converted: dev/data/README.md", path, header[0], header[1]);
     CHECK(header[2] >= 0, "%s: its header says %d tokens", path, header[2]);
     *tokens = (size_t)header[2];
+    size_t expected = sizeof header + *tokens*(version == 7 ? 4 : 2);
+    CHECK(packed || (size_t)st.st_size == expected, "%s: %zu bytes, expected %zu for the %zu tokens of "
+          "its header", path, (size_t)st.st_size, expected, *tokens);
     return version;
 }
 
 static void check_tokens(const Loader *d, const char *path, const int *tokens, size_t count) {
     for (size_t i = 0; i < count; i++)
         CHECK((size_t)(unsigned)tokens[i] < d->vocab, "%s: token %u at position %zu is outside the "
-              "vocabulary of %zu; the data and the model (or --tokenizer) do not belong together",
-              path, (unsigned)tokens[i], i, d->vocab);
+              "vocabulary of %zu; the data does not belong to this model or --tokenizer", path,
+              (unsigned)tokens[i], i, d->vocab);
 }
 
 static int *read_shard(const Loader *d, const Shard *shard) {
@@ -1543,54 +1544,66 @@ static int *read_shard(const Loader *d, const Shard *shard) {
     return tokens;
 }
 
-static void append_text(Loader *d, const char *path, int first_eot) {
-    Bytes b = read_file(path);
+static void append_text(Loader *d, Shard *file, int eot_first) {
+    Bytes b = read_file(file->path);
     size_t count;
-    int32_t *ids = tokenizer_encode(d->tokenizer, path, b.data, b.size, &count);
-    CHECK(count, "%s is empty", path);
+    int32_t *ids = tokenizer_encode(d->tokenizer, file->path, b.data, b.size, &count);
+    CHECK(count, "%s is empty", file->path);
     d->text = (int *)realloc(d->text, (d->text_size + count + 1)*sizeof(int));
     CHECK(d->text, "out of memory: %zu tokens of text", d->text_size + count);
-    if (first_eot) d->text[d->text_size++] = d->eot;
+    if (eot_first) d->text[d->text_size++] = d->eot;
+    file->first = d->text_size;
     memcpy(d->text + d->text_size, ids, count*sizeof(int));
     d->text_size += count;
     free(ids), free(b.data);
 }
 
-// Opens the files that match `patterns`; the vocabulary and the batch are set later.
+// Opens the files that match `patterns`; the vocabulary and the batch come later, in loader_start.
 static void loader_open(Loader *d, const char *patterns, const char *flag,
                         const Tokenizer *tokenizer) {
     memset(d, 0, sizeof *d);
-    size_t count, shards = 0;
-    char **paths = match_files(patterns, &count, flag);
-    for (size_t i = 0; i < count; i++) shards += (size_t)is_shard_name(paths[i]);
-    CHECK(!shards || shards == count, "%s: %s is a shard and others are text; give one kind", flag,
-          paths[0]);
-    d->shards = (Shard *)alloc(count, sizeof(Shard));
-    d->count = shards ? count : 1;
+    size_t shards = 0;
+    char **paths = match_files(patterns, &d->files, flag);
+    for (size_t i = 0; i < d->files; i++) shards += (size_t)is_shard_name(paths[i]);
+    CHECK(!shards || shards == d->files, "%s: some of the files are shards (.bin), others, as %s, are "
+          "text; give one kind", flag, paths[is_shard_name(paths[0]) ? d->files - 1 : 0]);
+    d->shards = (Shard *)alloc(d->files, sizeof(Shard));
+    d->count = shards ? d->files : 1;
     d->tokenizer = tokenizer;
-    for (size_t i = 0; i < count; i++) {
-        d->shards[i].path = paths[i];
-        if (!shards) continue;
-        int version = shard_header(paths[i], &d->shards[i].tokens);
-        CHECK(!d->version || version == d->version, "%s: version %d, but %s has version %d", paths[i],
-              version, paths[0], d->version);
-        d->version = version;
-    }
     d->eot = given[FLAG_eot] ? (int)flags.eot : tokenizer->eot;
-    for (size_t i = 0; i < count && !shards; i++) append_text(d, paths[i], count > 1);
-    if (!shards) d->shards[0].tokens = d->text_size, d->single_text = count == 1;
+    for (size_t i = 0; i < d->files; i++) {
+        d->shards[i].path = paths[i];
+        if (shards) {
+            int version = shard_header(paths[i], &d->shards[i].tokens);
+            CHECK(!d->version || version == d->version, "%s: version %d, but %s has version %d",
+                  paths[i], version, paths[0], d->version);
+            d->version = version;
+        } else append_text(d, &d->shards[i], d->files > 1);
+    }
+    free(paths);
+    if (!shards) d->shards[0].tokens = d->text_size;
 }
 
 // The last part of a single text becomes the validation set.
 static void loader_split(Loader *train, Loader *val, double fraction) {
-    *val = *train;
     size_t first = (size_t)floor((1 - fraction)*(double)train->text_size);
+    *val = *train;
     train->text_size = train->shards[0].tokens = first;
     val->shards = (Shard *)alloc(1, sizeof(Shard));
-    val->shards[0] = train->shards[0];
+    val->shards[0].path = strdup(str("the last part of %s", train->shards[0].path));
     val->text += first;
-    val->text_size -= first;
-    val->shards[0].tokens = val->text_size;
+    val->shards[0].tokens = val->text_size -= first;
+}
+
+// What tells one set of data from another: a resumed run must go on with the same.
+static uint32_t loader_fingerprint(const Loader *d) {
+    uLong crc = crc32(0, NULL, 0);
+    for (size_t i = 0; i < d->count; i++)
+        crc = crc32(crc, (const Bytef *)&d->shards[i].tokens, sizeof(size_t));
+    for (size_t i = 0; i < d->text_size; i += 1 << 20)
+        crc = crc32(crc, (const Bytef *)(d->text + i),
+                    (uInt)(sizeof(int)*(d->text_size - i < 1 << 20 ? d->text_size - i : 1 << 20)));
+    return (uint32_t)crc;
 }
 
 // Micro-batches of a shard of `size` tokens
@@ -1600,7 +1613,9 @@ static size_t loader_batches(const Loader *d, size_t size) {
     return (size - 1)/(d->R*d->T);
 }
 
-static void loader_start(Loader *d, size_t vocab, size_t R, size_t T) {
+// Sets the batch, checks all tokens that are there, and tells whether there is a micro-batch; when
+// one is required, no micro-batch is an error.
+static int loader_start(Loader *d, size_t vocab, size_t R, size_t T, int required) {
     size_t n = mul(R, T), batches = 0;
     d->vocab = vocab, d->R = R, d->T = T;
     if (!d->accum) d->accum = 1;
@@ -1611,17 +1626,21 @@ static void loader_start(Loader *d, size_t vocab, size_t R, size_t T) {
     d->ids = (int *)alloc(n, sizeof(int));
     d->targets = (int *)alloc(n, sizeof(int));
     if (d->packed) d->doc = (int *)alloc(n, sizeof(int));
-    if (d->text) check_tokens(d, d->shards[0].path, d->text, d->text_size);
+    for (size_t i = 0; d->text && i < d->files; i++) {
+        size_t begin = d->shards[i].first, end = i + 1 < d->files ? d->shards[i + 1].first : d->text_size;
+        check_tokens(d, d->shards[i].path, d->text + begin, end - begin);
+    }
     for (size_t i = 0; i < d->count; i++) {
         size_t k = loader_batches(d, d->shards[i].tokens);
-        if (!k)
-            fprintf(stderr, "warning: %s: its %zu tokens do not make a micro-batch of %zu x %zu; "
-                    "it is skipped\n", d->shards[i].path, d->shards[i].tokens, R, T);
+        if (!k && (d->count > 1 || !required))
+            fprintf(stderr, "warning: %s is not used: its %zu tokens do not make a micro-batch of %zu "
+                    "rows of %zu\n", d->shards[i].path, d->shards[i].tokens, R, T);
         batches += k;
     }
-    CHECK(batches, "%s: %zu tokens, expected at least %zu for a micro-batch of %zu rows of %zu "
-          "tokens; give more data, or a smaller --batch or --seq-len", d->shards[0].path,
-          d->shards[0].tokens, n*d->accum + 1, R, T);
+    CHECK(batches || !required, "%s: %zu tokens, expected at least %zu for a micro-batch of %zu rows of "
+          "%zu tokens; give more data, or a smaller --batch or --seq-len", d->shards[0].path,
+          d->shards[0].tokens, n*(d->carry ? d->accum : 1) + 1, R, T);
+    return batches > 0;
 }
 
 // Puts `count` numbers in random order, always the same for a seed and a stream.
@@ -1838,7 +1857,7 @@ static void check_all_read(const char *dir, const Tensors *want) {
 static void read_weights(const char *dir, Model *m) {
     Tensors want = { NULL, 0, 0 };
     const char *ignore = m->d.tied ? "lm_head.weight" : NULL;
-    const char *index = str("%s/model.safetensors.index.json", dir);
+    char *index = strdup(str("%s/model.safetensors.index.json", dir));
     tensors_add_params(&want, m, &m->w, "");
     if (!exists(index)) {
         CHECK(exists(str("%s/model.safetensors", dir)), "%s: no model.safetensors%s", dir,
@@ -1863,7 +1882,7 @@ static void read_weights(const char *dir, Model *m) {
         free(done), json_free(json), free(b.data);
     }
     check_all_read(dir, &want);
-    free(want.list);
+    free(want.list), free(index);
 }
 
 // ---- the trainer's state --------------------------------------------------------------------------
@@ -1873,22 +1892,22 @@ typedef struct {
     Recent loss, norm;                  // of --skip-loss and --skip-norm
 } Progress;
 
-static void put_flag(Text *t, size_t i) {
+static const char *flag_text(size_t i) {                     // its value, as it can be read again
     const FlagSpec *s = &flag_specs[i];
     const char *field = (const char *)&flags + s->offset;
-    put(t, "\"%s\":", s->name);
-    if (s->type[0] == 'N') put(t, "%.17g", *(const double *)field);
-    else if (s->type[0] == 'I') put(t, "%" PRId64, *(const Int *)field);
-    else if (s->type[0] == 'S' && s->type[1] == 'w') put(t, *(const Switch *)field ? "true" : "false");
-    else {
-        const char *v = *(const Str *)field;
-        if (v) put_json_string(t, v, strlen(v));
-        else put(t, "null");
-    }
+    if (s->type[0] == 'N') return str("%.17g", *(const double *)field);
+    if (s->type[0] == 'I' || !strcmp(s->type, "Switch")) return str("%" PRId64, *(const Int *)field);
+    return *(const Str *)field ? *(const Str *)field : "";
 }
 
 static void put_flags(Text *t) {
-    for (size_t i = 0; i < FLAG_COUNT; i++) put(t, i ? "," : "{"), put_flag(t, i);
+    for (size_t i = 0; i < FLAG_COUNT; i++) {
+        const char *text = flag_text(i), *type = flag_specs[i].type;
+        put(t, "%s\"%s\":", i ? "," : "{", flag_specs[i].name);
+        if (!strcmp(type, "Switch")) put(t, *text == '1' ? "true" : "false");
+        else if (*type == 'N' || *type == 'I') put(t, "%s", text);
+        else put_json_string(t, text, strlen(text));
+    }
     put(t, "}");
 }
 
@@ -1902,8 +1921,8 @@ static void put_state(Text *t, const Progress *p, const Loader *d) {
     put(t, "{\"step\":%" PRId64 ",\"adam_t\":%" PRId64 ",\"tokens\":%" PRId64 ",\n", p->step,
         p->adam_t, p->tokens);
     if (isfinite(p->best)) put(t, "\"best\":%.17g,\n", p->best);
-    put(t, "\"data\":{\"epoch\":%" PRIu64 ",\"shard\":%" PRIu64 ",\"batch\":%" PRIu64 "},\n",
-        d->epoch, d->shard, d->batch);
+    put(t, "\"data\":{\"epoch\":%" PRIu64 ",\"shard\":%" PRIu64 ",\"batch\":%" PRIu64
+        ",\"fingerprint\":%u},\n", d->epoch, d->shard, d->batch, loader_fingerprint(d));
     put_recent(t, "recent_loss", &p->loss), put(t, ",\n");
     put_recent(t, "recent_norm", &p->norm), put(t, ",\n\"flags\":");
     put_flags(t);
@@ -1943,13 +1962,6 @@ static void carry_tensors(Tensors *t, const Model *m) {
     tensors_add(t, "states", 5, states, m->a.carried);
 }
 
-static void remove_directory(const char *dir) {
-    DIR *d = opendir(dir);
-    for (struct dirent *e; d && (e = readdir(d)); ) unlink(str("%s/%s", dir, e->d_name));
-    if (d) closedir(d);
-    rmdir(dir);
-}
-
 static void point_link(const char *link, const char *target) {           // link -> target, at once
     const char *aside = str("%s.new", link);
     unlink(aside);
@@ -1969,7 +1981,7 @@ static void save_checkpoint(const Model *m, const Progress *p, const Loader *dat
     double room = (double)disk.f_bavail*(double)disk.f_frsize;
     CHECK(room > need, "%s: %.1f MB are free on its disk, a checkpoint takes %.1f MB; make room, then "
           "go on with --resume", out, room/1e6, need/1e6);
-    remove_directory(aside);
+    remove_tree(aside);
     CHECK(mkdir(aside, 0777) == 0, "%s: %s", aside, strerror(errno));
     Text t = { NULL, 0, 0 }, sums = { NULL, 0, 0 };
     Tensors list = { NULL, 0, 0 };
@@ -2000,12 +2012,12 @@ static void save_checkpoint(const Model *m, const Progress *p, const Loader *dat
     write_file(str("%s/checksums.txt", aside), sums.data, sums.size);
     free(sums.data);
     sync_directory(aside);
-    remove_directory(old);
+    remove_tree(old);
     CHECK(!exists(dir) || rename(dir, old) == 0, "%s: is in the way: %s", dir, strerror(errno));
     CHECK(rename(aside, dir) == 0, "%s: could not get its name: %s", dir, strerror(errno));
     point_link(str("%s/last", out), strrchr(dir, '/') + 1);
     sync_directory(out);
-    remove_directory(old);
+    remove_tree(old);
     free(dir), free(aside), free(old);
 }
 
@@ -2040,14 +2052,16 @@ static const char *link_target(const char *link) {
     return target;
 }
 
-// The newest --keep checkpoints stay, and the best.
-static void prune_checkpoints(void) {
-    size_t count;
+// Of the checkpoints up to this step the newest --keep stay, and the best. (Newer ones are damaged,
+// or this run would have gone on from them.)
+static void prune_checkpoints(Int step) {
+    size_t count, kept = 0;
     Int *steps = list_checkpoints(flags.out, &count);
     const char *best = link_target(str("%s/best", flags.out));
-    for (size_t i = flags.keep ? (size_t)flags.keep : count; i < count; i++) {
+    for (size_t i = 0; i < count && flags.keep; i++) {
         char *dir = strdup(str("%s/step_%08" PRId64, flags.out, steps[i]));
-        if (strcmp(strrchr(dir, '/') + 1, best)) remove_directory(dir);
+        if (steps[i] <= step && (Int)++kept > flags.keep && strcmp(strrchr(dir, '/') + 1, best))
+            remove_tree(dir);
         free(dir);
     }
     free(steps);
@@ -2087,82 +2101,84 @@ static const char *checkpoint_fault(const char *dir) {
 }
 
 // The newest good checkpoint in OUT, with a warning for each damaged one, or NULL when there is none.
-static const char *find_checkpoint(void) {
-    size_t count, bad = 0;
+static char *find_checkpoint(void) {
+    size_t count;
     Int *steps = list_checkpoints(flags.out, &count);
-    static char dir[PATH_MAX];
     for (size_t i = 0; i < count; i++) {
-        snprintf(dir, sizeof dir, "%s/step_%08" PRId64, flags.out, steps[i]);
+        char *dir = strdup(str("%s/step_%08" PRId64, flags.out, steps[i]));
         const char *fault = checkpoint_fault(dir);
-        if (!fault) { free(steps); return dir; }
+        if (!fault) return free(steps), dir;
         fprintf(stderr, "warning: %s is not used: %s\n", dir, fault);
-        bad++;
+        free(dir);
     }
     free(steps);
-    CHECK(!bad, "%s: all %zu checkpoints are damaged; nothing to resume from", flags.out, bad);
+    CHECK(!count, "--resume: all %zu checkpoints in %s are damaged; start again in another --out, or "
+          "with --init from one whose model.safetensors is whole", count, flags.out);
     return NULL;
 }
 
 static Json *read_state(const char *dir) {
-    const char *path = str("%s/state.json", dir);
+    char *path = strdup(str("%s/state.json", dir));
     Bytes b = read_file(path);
     Json *state = json_parse(path, b.data, b.size);
-    free(b.data);
+    free(b.data), free(path);
     return state;
 }
 
-// What a resumed run must not change, and what it may.
-static int flag_is_fixed(size_t i) {
+// Flags that belong to a command, not to a run
+static int flag_is_momentary(size_t i) {
     const char *g = flag_specs[i].group;
-    return i != FLAG_init && i != FLAG_chunk_size
-        && (!strcmp(g, "Data") || !strcmp(g, "Model") || i == FLAG_batch || i == FLAG_seq_len
-            || i == FLAG_accum || i == FLAG_carry);
+    return !strcmp(g, "Inspecting") || !strcmp(g, "Generating") || i == FLAG_out || i == FLAG_resume
+        || i == FLAG_threads || i == FLAG_init;
 }
 
-// Flags that the user did not give are taken from the checkpoint; others are compared with it.
+// Flags without which a resumed run would be another run
+static int flag_is_fixed(size_t i) {
+    const char *g = flag_specs[i].group;
+    return ((!strcmp(g, "Data") || !strcmp(g, "Model")) && i != FLAG_chunk_size)
+        || i == FLAG_batch || i == FLAG_seq_len || i == FLAG_accum || i == FLAG_carry;
+}
+
+// Flags that the user did not give are taken from the checkpoint; the others are compared with it.
 static void restore_flags(const char *dir, const Json *state) {
     const Json *old = json_expect(json_get(state, "flags"), JSON_OBJECT, dir, "flags");
     for (size_t i = 0; i < FLAG_COUNT; i++) {
-        const FlagSpec *s = &flag_specs[i];
-        const Json *v = json_get(old, s->name);
-        if (!strcmp(s->group, "Inspecting") || !strcmp(s->group, "Generating") || i == FLAG_out
-            || i == FLAG_resume || i == FLAG_threads || i == FLAG_init || i == FLAG_dtype) continue;
+        const Json *v = json_get(old, flag_specs[i].name);
+        if (flag_is_momentary(i) || !v) continue;
+        char *then = v->kind == JSON_TRUE ? strdup("1") : v->kind == JSON_FALSE ? strdup("0")
+                   : strndup(v->text, v->size), *now_ = strdup(flag_text(i));
         if (!given[i]) {
-            if (v) flag_set(i, v->kind == JSON_TRUE ? "1" : v->kind == JSON_FALSE ? "0"
-                               : strdup(str("%.*s", (int)v->size, v->text)));
-            continue;
+            if (i != FLAG_min_lr || !given[FLAG_lr]) flag_set(i, strdup(then));
+        } else if (strcmp(then, now_)) {
+            CHECK(!flag_is_fixed(i), "--resume: %s was trained with %s %s, now it is %s; a run can only "
+                  "go on as it was", dir, flag_name(i), then, now_);
+            printf("notice: %s is %s, it was %s\n", flag_name(i), now_, then);
         }
-        Text now_ = { NULL, 0, 0 }, then = { NULL, 0, 0 };
-        put_flag(&now_, i);
-        put(&then, "\"%s\":", s->name);
-        if (!v) put(&then, "null");
-        else if (v->kind == JSON_STRING) put_json_string(&then, v->text, v->size);
-        else put(&then, "%.*s", (int)v->size, v->text);
-        if (strcmp(now_.data, then.data)) {
-            CHECK(!flag_is_fixed(i), "--resume: %s was trained with %s, now it is %s; a run can only "
-                  "be resumed as it was", dir, then.data, now_.data);
-            printf("notice: %s, in the checkpoint %s\n", now_.data, then.data);
-        }
-        free(now_.data), free(then.data);
+        free(then), free(now_);
     }
+}
+
+static void restore_tensors(const char *dir, const char *name, Tensors *list) {
+    read_tensors(dir, name, list, NULL);
+    check_all_read(dir, list);
+    free(list->list);
+    memset(list, 0, sizeof *list);
 }
 
 static void restore_checkpoint(const char *dir, const Json *state, Model *m, Progress *p, Loader *d) {
     char *path = strdup(str("%s/state.json", dir));
     const Json *data = json_expect(json_get(state, "data"), JSON_OBJECT, path, "data");
     Tensors list = { NULL, 0, 0 };
+    CHECK((uint32_t)json_size(json_get(data, "fingerprint"), path, "fingerprint")
+          == loader_fingerprint(d), "--resume: the files of --data %s are not those that %s was trained "
+          "on; a run can only go on as it was", flags.data, dir);
     read_weights(dir, m);
     tensors_add_params(&list, m, &m->m, "exp_avg.");
     tensors_add_params(&list, m, &m->v, "exp_avg_sq.");
-    read_tensors(dir, "optimizer.safetensors", &list, NULL);
-    check_all_read(dir, &list);
-    free(list.list);
+    restore_tensors(dir, "optimizer.safetensors", &list);
     if (m->d.lanes) {
-        memset(&list, 0, sizeof list);
         carry_tensors(&list, m);
-        read_tensors(dir, "carry.safetensors", &list, NULL);
-        check_all_read(dir, &list);
-        free(list.list);
+        restore_tensors(dir, "carry.safetensors", &list);
     }
     p->step = (Int)json_size(json_get(state, "step"), path, "step");
     p->adam_t = (Int)json_size(json_get(state, "adam_t"), path, "adam_t");
@@ -2176,24 +2192,23 @@ static void restore_checkpoint(const char *dir, const Json *state, Model *m, Pro
     free(path);
 }
 
-// A second trainer in the same directory would destroy the first one's work.
+// A second trainer in the same directory would destroy the first one's work. The lock goes with the
+// process; OUT/lock says who holds it.
 static void lock_out(void) {
     CHECK(mkdir(flags.out, 0777) == 0 || errno == EEXIST, "--out %s: could not create: %s", flags.out,
           strerror(errno));
-    const char *path = str("%s/lock", flags.out);
-    char holder[128] = "another process";
-    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    CHECK(fd >= 0, "%s: %s", path, strerror(errno));
+    char *path = strdup(str("%s/lock", flags.out)), host[64] = "this host";
+    int fd = open(flags.out, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    CHECK(fd >= 0, "--out %s: %s", flags.out, strerror(errno));
     if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
-        ssize_t n = read(fd, holder, sizeof holder - 1);
-        if (n > 0) holder[n] = 0;
+        const char *holder = exists(path) ? read_file(path).data : "another process";
         die("--out %s is in use by %s; wait for it or choose another directory", flags.out, holder);
     }
-    char host[64] = "this host";
     gethostname(host, sizeof host - 1);
     const char *text = str("process %d on %s", (int)getpid(), host);
-    CHECK(ftruncate(fd, 0) == 0 && write(fd, text, strlen(text)) > 0, "%s: %s", path, strerror(errno));
-}                                       // the lock goes with the process
+    write_file(path, text, strlen(text));
+    free(path);
+}
 
 // ================================================================================================
 // Generating text
@@ -2208,87 +2223,83 @@ static void swap_states(Model *m) {
     a->carried = a->carried_new, a->carried_new = carried;
 }
 
-// A view of a model's weights with activations for one row of at most T tokens.
+// A view of a model's weights, with activations for one row of at most T tokens
 static void sampler_open(Model *s, const Model *m, size_t T) {
-    Dims d = m->d;
     memset(s, 0, sizeof *s);
-    dims_batch(&d, 1, T);
-    d.lanes = 1, d.kept = 1, d.slab = 1;
-    s->d = d, s->w = m->w;
+    s->d = m->d, s->w = m->w;
+    dims_batch(&s->d, 1, T);
+    s->d.lanes = s->d.kept = s->d.slab = 1;
     memcpy(s->specs, m->specs, sizeof s->specs);
-    act_specs(&d, s->act_specs);
+    act_specs(&s->d, s->act_specs);
     s->acts = allocate(&s->a, s->act_specs, ACT_COUNT);
 }
 
-// Feeds tokens and returns the logits (V) after the last one.
+// Feeds tokens, and returns the logits (V) after the last one.
 static const real *sampler_feed(Model *s, const int *ids, size_t count) {
-    size_t most = s->d.n, M = s->d.M;
+    size_t M = s->d.M, most = s->act_specs[0].shape[1];
     for (size_t i = 0; i < count; i += s->d.n) {
-        dims_batch(&s->d, 1, count - i < most ? count - i : most);
+        if (!s->recurrent) dims_batch(&s->d, 1, count - i < most ? count - i : most);
         s->ids = ids + i;
         model_hidden(s);
         if (!s->recurrent) swap_states(s);
     }
     const real *head = s->d.tied ? s->w.embedding : s->w.lm_head;
     linear_forward(s->a.logits, s->a.hidden + (s->d.n - 1)*M, head, 1, M, s->d.V, 0);
-    dims_batch(&s->d, 1, most);
     return s->a.logits;
 }
 
-// From here on one token at a time, the states updated in place.
-static void sampler_step_mode(Model *s) {
+// From here on one token at a time, with the states updated in place
+static void sampler_recurrent(Model *s) {
     s->recurrent = 1;
     s->a.carried_new = s->a.carried, s->a.past_new = s->a.past;
     dims_batch(&s->d, 1, 1);
 }
 
-typedef struct { real logit; int id; } Candidate;
+typedef struct { double logit; int id; } Candidate;
 static int compare_candidates(const void *a, const void *b) {
     const Candidate *x = (const Candidate *)a, *y = (const Candidate *)b;
     return x->logit < y->logit ? 1 : x->logit > y->logit ? -1 : x->id - y->id;
 }
 
 // A token from softmax(logits/temperature), cut to the top k and to the fewest of probability p;
-// u is uniform in (0,1).
+// u is uniform in (0,1). Temperature 0 takes the most likely one.
 static int sample(const real *logits, size_t vocab, double temperature, Int top_k, double top_p,
                   double u) {
     Candidate *c = (Candidate *)alloc(vocab, sizeof(Candidate));
-    double *p = (double *)alloc(vocab, sizeof(double)), sum = 0, kept = 0;
+    double top = -INFINITY, sum = 0, kept = 0;
     size_t count = vocab, i;
-    for (i = 0; i < vocab; i++) c[i].logit = logits[i], c[i].id = (int)i;
+    for (i = 0; i < vocab; i++) {
+        c[i].logit = (double)logits[i], c[i].id = (int)i;
+        top = fmax(top, c[i].logit);
+    }
     if (temperature == 0) top_k = 1, temperature = 1;
     if (top_k || top_p < 1) qsort(c, vocab, sizeof *c, compare_candidates);
     if (top_k && (size_t)top_k < count) count = (size_t)top_k;
-    double top = (double)c[0].logit;
-    for (i = 0; i < count; i++) top = fmax(top, (double)c[i].logit);
-    for (i = 0; i < count; i++) sum += p[i] = exp(((double)c[i].logit - top)/temperature);
-    for (i = 0; i < count && kept < top_p*sum; i++) kept += p[i];
-    count = top_p < 1 && i ? i : count;
-    kept = 0;
-    for (i = 0; i < count; i++) kept += p[i];
+    for (i = 0; i < count; i++) sum += c[i].logit = exp((c[i].logit - top)/temperature);
+    for (i = 0; i < count && (!i || kept < top_p*sum); i++) kept += c[i].logit;
+    count = i;
     u *= kept;
-    for (i = 0; i + 1 < count && u >= p[i]; i++) u -= p[i];
+    for (i = 0; i + 1 < count && u >= c[i].logit; i++) u -= c[i].logit;
     int id = c[i].id;
-    free(c), free(p);
+    free(c);
     return id;
 }
 
 // Prints up to `count` sampled tokens after the prompt, as they come; end of text ends it.
 static void generate(const Model *m, const Tokenizer *tok, const int *prompt, size_t prompt_size,
-                     Int count, uint64_t stream, FILE *out) {
+                     Int count, uint64_t stream) {
     Model s;
-    size_t piece = prompt_size < 256 ? prompt_size : 256, size;
-    sampler_open(&s, m, piece);
+    sampler_open(&s, m, prompt_size < 256 ? prompt_size : 256);
     const real *logits = sampler_feed(&s, prompt, prompt_size);
-    sampler_step_mode(&s);
-    for (Int i = 0; i < count; i++) {
+    sampler_recurrent(&s);
+    for (Int i = 0; i < count && !ferror(stdout); i++) {
         double u = random_uniform((uint64_t)flags.seed, stream, (uint64_t)i);
         int id = sample(logits, m->d.vocab, flags.temperature, flags.top_k, flags.top_p, u);
+        size_t size;
         if (id == tok->eot) break;
-        const char *piece_text = tokenizer_piece(tok, id, &size);
-        fwrite(piece_text, 1, size, out);
-        fflush(out);
-        if (ferror(out)) break;
+        const char *piece = tokenizer_piece(tok, id, &size);
+        fwrite(piece, 1, size, stdout);
+        fflush(stdout);
         if (i + 1 < count) logits = sampler_feed(&s, &id, 1);
     }
     free(s.acts);
@@ -2297,10 +2308,9 @@ static void generate(const Model *m, const Tokenizer *tok, const int *prompt, si
 // The tokens of --prompt; an empty one is a newline (bytes) or end of text.
 static int *prompt_tokens(const Tokenizer *tok, size_t *count) {
     Text t = { NULL, 0, 0 };
-    if (!strcmp(flags.prompt, "-")) {
-        char piece[4096];
-        for (size_t n; (n = fread(piece, 1, sizeof piece, stdin)); ) put_bytes(&t, piece, n);
-    } else put(&t, "%s", flags.prompt);
+    char piece[4096];
+    if (strcmp(flags.prompt, "-")) put(&t, "%s", flags.prompt);
+    else for (size_t n; (n = fread(piece, 1, sizeof piece, stdin)); ) put_bytes(&t, piece, n);
     if (!t.size && tok->byte_level) put(&t, "\n");
     if (t.size) {
         int *ids = tokenizer_encode(tok, "--prompt", t.data, t.size, count);
@@ -2317,31 +2327,28 @@ static int *prompt_tokens(const Tokenizer *tok, size_t *count) {
 // The run: everything that main() does
 // ================================================================================================
 
+struct Run;
+
 // What a device does. train_mamba2.cu fills in the same table for the GPU; the Model's weights,
-// gradients and moments are then copies, brought up to date by fetch().
+// moments and gradients are then copies that fetch() brings up to date.
 typedef struct {
     const char *name;
-    void (*open)(Model *m);                                  // weights are set: get ready
+    void (*start)(void);                                     // flags are read: is it there?
+    void (*open)(Model *m);                                  // the weights are set: get ready
     double (*loss)(Model *m, int backward);                  // of one micro-batch
     double (*norm)(Model *m);                                // of all gradients
     void (*update)(Model *m, double lr, double grad_scale, Int t);
     void (*carry)(Model *m, int fresh);                      // 1: states become 0; 0: new ones count
-    void (*fetch)(Model *m);                                 // bring weights and moments here
-    double (*peak)(void);                                    // FLOP/s, or 0 when unknown
+    void (*fetch)(Model *m);
+    void (*generate)(const Model *m, const Tokenizer *tok, const int *prompt, size_t prompt_size,
+                     Int count, uint64_t stream);
+    double (*peak)(void);                                    // FLOP/s of the device, 0: unknown
+    int (*compare)(struct Run *run);                         // --compare without a file, or NULL
 } Backend;
 
 typedef struct { Point *points; size_t count, room; } Curve;
 
-static void curve_add(Curve *c, double x, double y) {
-    if (c->count == c->room) {
-        c->room = 2*c->room + 256;
-        c->points = (Point *)realloc(c->points, c->room*sizeof(Point));
-        CHECK(c->points, "out of memory: %zu points of a curve", c->room);
-    }
-    c->points[c->count].x = x, c->points[c->count++].y = y;
-}
-
-typedef struct {
+typedef struct Run {
     const Backend *device;
     Model m;
     Tokenizer *tok;
@@ -2354,11 +2361,13 @@ typedef struct {
     Curve train_curve, val_curve;
 } Run;
 
-static volatile sig_atomic_t stop_signal;
-
-static void on_signal(int sig) {
-    if (stop_signal) _exit(128 + sig);                       // the second one: at once
-    stop_signal = sig;
+static void curve_add(Curve *c, double x, double y) {
+    if (c->count == c->room) {
+        c->room = 2*c->room + 256;
+        c->points = (Point *)realloc(c->points, c->room*sizeof(Point));
+        CHECK(c->points, "out of memory: %zu points of a curve", c->room);
+    }
+    c->points[c->count].x = x, c->points[c->count++].y = y;
 }
 
 static const char *human(double x) {
@@ -2376,170 +2385,175 @@ static const char *duration(double s) {
 static const Preset *find_preset(const char *name) {
     Text names = { NULL, 0, 0 };
     for (size_t i = 0; i < PRESET_COUNT; i++) {
-        if (!strcmp(name, presets[i].name)) return &presets[i];
+        if (!strcmp(name, presets[i].name)) return free(names.data), &presets[i];
         put(&names, " %s", presets[i].name);
     }
     die_usage("--model %s: expected one of%s; or give a directory to --init", name, names.data);
 }
 
-static Int or_else(size_t flag, Int value, Int fallback) { return given[flag] ? value : fallback; }
+// Flags of the shape and the sizes that they stand for: over a preset, against a loaded model, and
+// filled in for the log and the checkpoint
+typedef struct { size_t flag; Int *value; size_t *size, preset; } ShapeFlag;
+enum { SHAPE_FLAGS = 10 };
 
-// The sizes of a new model: the preset's, with the flags over them.
-static void new_dims(Dims *d, size_t data_vocab) {
+static void shape_flags(Dims *d, size_t *expand, size_t *tie, ShapeFlag list[SHAPE_FLAGS]) {
     const Preset *p = find_preset(flags.model);
-    memset(d, 0, sizeof *d);
-    d->M = (size_t)or_else(FLAG_d_model, flags.d_model, p->d_model);
-    d->L = (size_t)or_else(FLAG_n_layer, flags.n_layer, p->n_layer);
-    d->N = (size_t)or_else(FLAG_d_state, flags.d_state, p->d_state);
-    d->P = (size_t)or_else(FLAG_headdim, flags.headdim, p->headdim);
-    d->E = d->M*(size_t)or_else(FLAG_expand, flags.expand, 2);
-    d->G = (size_t)or_else(FLAG_ngroups, flags.ngroups, 1);
-    d->W = (size_t)or_else(FLAG_d_conv, flags.d_conv, 4);
-    d->F = (size_t)flags.d_intermediate;
-    d->vocab = (size_t)or_else(FLAG_vocab_size, flags.vocab_size,
-                               p->vocab_size ? p->vocab_size : (Int)data_vocab);
-    d->V = round_up(d->vocab, 16);
-    d->tied = (int)or_else(FLAG_tie, flags.tie, 1);
-    d->eps = 1e-5, d->dt_lo = 0, d->dt_hi = INFINITY;
-    if (given[FLAG_dt_limit]) {
-        char *end, *end2;
-        d->dt_lo = strtod(flags.dt_limit, &end);
-        d->dt_hi = *end == ',' ? strtod(end + 1, &end2) : NAN;
-        if (!(d->dt_lo >= 0 && d->dt_lo <= d->dt_hi) || end == flags.dt_limit || *end2)
-            die_usage("--dt-limit %s: expected LO,HI with 0 <= LO <= HI", flags.dt_limit);
-    }
-    if (d->E % d->P) die_usage("--headdim %zu does not divide d_inner = expand*d_model = %zu", d->P,
-                               d->E);
+    const ShapeFlag all[SHAPE_FLAGS] = {
+        { FLAG_d_model, &flags.d_model, &d->M, (size_t)p->d_model },
+        { FLAG_n_layer, &flags.n_layer, &d->L, (size_t)p->n_layer },
+        { FLAG_d_state, &flags.d_state, &d->N, (size_t)p->d_state },
+        { FLAG_headdim, &flags.headdim, &d->P, (size_t)p->headdim },
+        { FLAG_expand, &flags.expand, expand, 2 },
+        { FLAG_ngroups, &flags.ngroups, &d->G, 1 },
+        { FLAG_d_conv, &flags.d_conv, &d->W, 4 },
+        { FLAG_vocab_size, &flags.vocab_size, &d->vocab, (size_t)p->vocab_size },
+        { FLAG_d_intermediate, &flags.d_intermediate, &d->F, 0 },
+        { FLAG_tie, &flags.tie, tie, 1 },
+    };
+    memcpy(list, all, sizeof all);
 }
 
-// What follows from a model's sizes, and the checks that new and loaded models share
-static void finish_dims(Dims *d, size_t R, size_t T) {
-    d->H = d->E/d->P;
-    d->S = d->E + 2*d->G*d->N;
-    d->Z = d->S + d->E + d->H;
-    CHECK(d->H % d->G == 0 && d->E % d->G == 0, "ngroups %zu does not divide the %zu heads", d->G,
-          d->H);
+// The sizes of a new model: the preset's, with the flags over them
+static void new_dims(Dims *d, size_t data_vocab) {
+    ShapeFlag list[SHAPE_FLAGS];
+    size_t expand, tie;
+    memset(d, 0, sizeof *d);
+    shape_flags(d, &expand, &tie, list);
+    for (size_t i = 0; i < SHAPE_FLAGS; i++)
+        *list[i].size = given[list[i].flag] ? (size_t)*list[i].value : list[i].preset;
+    if (!d->vocab) d->vocab = data_vocab;
+    d->E = mul(d->M, expand), d->V = round_up(d->vocab, 16), d->tied = (int)tie;
+    d->eps = 1e-5, d->dt_lo = 0, d->dt_hi = INFINITY;
+    if (*flags.dt_limit) {
+        char *comma;
+        d->dt_lo = strtod(flags.dt_limit, &comma), d->dt_hi = strtod(comma + 1, NULL);
+    }
+    if (d->E % d->P)
+        die_usage("--headdim %zu does not divide d_inner = expand*d_model = %zu", d->P, d->E);
+    if (d->E/d->P % d->G)
+        die_usage("--ngroups %zu does not divide the %zu heads", d->G, d->E/d->P);
+}
+
+// What follows from a model's sizes; a loaded model must have the shape that the user asked for.
+static void finish_dims(Dims *d, const char *dir, size_t R, size_t T) {
+    ShapeFlag list[SHAPE_FLAGS];
+    size_t expand = d->E/d->M, tie = (size_t)d->tied;
+    shape_flags(d, &expand, &tie, list);
+    for (size_t i = 0; i < SHAPE_FLAGS; i++) {
+        CHECK(!dir || !given[list[i].flag] || (size_t)*list[i].value == *list[i].size
+              || list[i].flag == FLAG_vocab_size, "%s %" PRId64 ": the model in %s has %zu",
+              flag_name(list[i].flag), *list[i].value, dir, *list[i].size);
+        *list[i].value = (Int)*list[i].size;
+    }
+    flags.dt_limit = strdup(str("%.17g,%.17g", d->dt_lo, d->dt_hi));
+    d->H = d->E/d->P, d->S = d->E + 2*d->G*d->N, d->Z = d->S + d->E + d->H;
+    CHECK(d->H % d->G == 0, "%s: n_groups %zu does not divide the %zu heads", dir, d->G, d->H);
     d->Q = (size_t)(flags.chunk_size ? flags.chunk_size : BEST_CHUNK);
     d->kept = flags.recompute ? 1 : d->L;
-    d->lanes = flags.carry ? R*(size_t)flags.accum : 0;
+    d->lanes = flags.carry ? mul(R, (size_t)flags.accum) : 0;
     dims_batch(d, R, T);
-    if (d->Q > T) d->Q = T, d->chunks = 1;
-}
-
-// The size of every flag of the shape, so that the log and the checkpoint say it
-static void record_shape(const Dims *d) {
-    flags.d_model = (Int)d->M, flags.n_layer = (Int)d->L, flags.d_state = (Int)d->N;
-    flags.headdim = (Int)d->P, flags.expand = (Int)(d->E/d->M), flags.ngroups = (Int)d->G;
-    flags.d_conv = (Int)d->W, flags.vocab_size = (Int)d->vocab, flags.d_intermediate = (Int)d->F;
-    flags.tie = d->tied;
-    flags.dt_limit = strdup(str("%g,%g", d->dt_lo, d->dt_hi));
 }
 
 static Tokenizer *choose_tokenizer(const char *dir) {        // dir: a model directory, or NULL
-    const char *path = *flags.tokenizer ? flags.tokenizer : dir ? str("%s/tokenizer.json", dir) : "";
-    if (!*path || (!*flags.tokenizer && !exists(path))) return tokenizer_bytes();
-    return tokenizer_load(strdup(path));
+    if (*flags.tokenizer) return tokenizer_load(flags.tokenizer);
+    char *path = dir ? strdup(str("%s/tokenizer.json", dir)) : NULL;
+    return path && exists(path) ? tokenizer_load(path) : tokenizer_bytes();
 }
-
-static double gib(double bytes) { return bytes/(1 << 30); }
 
 // The memory that a model with these sizes takes, in bytes
 static double memory_plan(const Dims *d, double *parameters, double *activations) {
     Spec params[PARAM_COUNT], acts[ACT_COUNT];
     param_specs(d, params);
     act_specs(d, acts);
-    *parameters = 4.0*(double)total(params, PARAM_COUNT)*sizeof(real);
-    *activations = (double)total(acts, ACT_COUNT)*sizeof(real);
+    *parameters = 4.0*(double)(total(params, PARAM_COUNT)*sizeof(real));
+    *activations = (double)(total(acts, ACT_COUNT)*sizeof(real));
     return *parameters + *activations;
 }
 
 static size_t largest_batch(Dims d) {
     double room = (double)sysconf(_SC_AVPHYS_PAGES)*(double)sysconf(_SC_PAGESIZE), p, a;
     size_t best = 0;
-    for (size_t R = 1; R < 1 << 24; R *= 2) {
+    for (size_t R = 1; R < 1 << 20; R *= 2) {
         dims_batch(&d, R, d.T);
-        d.lanes = d.lanes ? R*(size_t)flags.accum : 0;
+        if (d.lanes) d.lanes = R*(size_t)flags.accum;
         if (memory_plan(&d, &p, &a) > 0.95*room) break;
         best = R;
     }
     return best;
 }
 
-static void print_summary(const Run *run) {
-    const Dims *d = &run->m.d;
-    const Loader *t = &run->train;
-    Spec specs[PARAM_COUNT];
-    double parameters, activations;
-    size_t tokens = 0, val = 0;
-    param_specs(d, specs);
-    memory_plan(d, &parameters, &activations);
-    for (size_t i = 0; i < t->count; i++) tokens += t->shards[i].tokens;
-    for (size_t i = 0; run->has_val && i < run->val.count; i++) val += run->val.shards[i].tokens;
-    double seen = (double)flags.steps*(double)flags.accum*(double)d->n;
-    printf("model    %s: %s parameters, %zu layers, d_model %zu, %zu heads of %zu, d_state %zu, "
-           "%zu groups, vocabulary %zu (%zu rows)%s\n",
-           *flags.init ? flags.init : flags.model, human((double)parameter_count(specs)), d->L, d->M,
-           d->H, d->P, d->N, d->G, d->vocab, d->V, d->F ? str(", MLP %zu", d->F) : "");
-    printf("memory   %.2f GiB: weights, gradients and moments %.2f, activations %.2f%s\n",
-           gib(parameters + activations), gib(parameters), gib(activations),
-           flags.recompute ? " (recomputed)" : "");
-    printf("data     %s: %s tokens to train on, %s to validate on\n", flags.data,
-           human((double)tokens), run->has_val ? human((double)val) : "none");
-    printf("training %" PRId64 " steps of %zu x %zu x %" PRId64 " tokens (%.2f epochs), %s, lr %g %s, "
-           "seed %" PRId64 "\n", flags.steps, d->R, d->T, flags.accum,
-           seen/(double)(tokens ? tokens : 1), flags.dtype, flags.lr, flags.schedule, flags.seed);
-    printf("device   %s, chunks of %zu tokens, output in %s/\n", run->device->name, d->Q, flags.out);
+static size_t loader_tokens(const Loader *d) {
+    size_t sum = 0;
+    for (size_t i = 0; i < d->count; i++) sum += d->shards[i].tokens;
+    return sum;
 }
 
-// Opens data and model; `resume` is the checkpoint to go on from, or NULL.
-static void run_open(Run *run, const char *resume) {
-    const char *dir = resume ? resume : *flags.init ? flags.init : NULL;
-    Json *state = resume ? read_state(resume) : NULL;
-    if (state) restore_flags(resume, state);
+static void print_summary(const Run *run) {
+    const Dims *d = &run->m.d;
+    Spec specs[PARAM_COUNT];
+    double parameters, activations, tokens = (double)loader_tokens(&run->train);
+    double seen = (double)flags.steps*(double)flags.accum*(double)d->n;
+    param_specs(d, specs);
+    double all = memory_plan(d, &parameters, &activations)/(1 << 30);
+    printf("model    %s: %s parameters, %zu layers, d_model %zu, %zu heads of %zu, d_state %zu, "
+           "vocabulary %zu (%zu rows)%s\n", *flags.init ? flags.init : flags.model,
+           human((double)parameter_count(specs)), d->L, d->M, d->H, d->P, d->N, d->vocab, d->V,
+           d->F ? str(", MLP %zu", d->F) : "");
+    printf("memory   %.2f GiB: weights, gradients and moments %.2f, activations %.2f%s\n", all,
+           parameters/(1 << 30), activations/(1 << 30), flags.recompute ? " (--recompute)" : "");
+    printf("data     %s: %s tokens to train on, %s to validate\n", flags.data, human(tokens),
+           run->has_val ? human((double)loader_tokens(&run->val)) : "none");
+    printf("training %" PRId64 " steps of %" PRId64 " x %zu x %zu tokens (%.2f epochs), lr %g %s, seed %"
+           PRId64 "\n", flags.steps, flags.accum, d->R, d->T, tokens > 0 ? seen/tokens : 0, flags.lr,
+           flags.schedule, flags.seed);
+    printf("device   %s, %s, chunks of %zu tokens; output in %s/\n", run->device->name, flags.dtype,
+           d->Q, flags.out);
+}
+
+// Opens data and model. dir: a model directory to start from, or NULL; state: that of the checkpoint
+// dir when the run goes on from there, or NULL.
+static void run_open(Run *run, const char *dir, const Json *state, int training) {
+    Loader *t = &run->train, *v = &run->val;
+    if (state) restore_flags(dir, state);
+    if (!given[FLAG_min_lr] && !flags.min_lr) flags.min_lr = flags.lr/10;
+    run->device->start();
     run->tok = choose_tokenizer(dir);
-    loader_open(&run->train, flags.data, "--data", run->tok);
-    if (*flags.val_data) loader_open(&run->val, flags.val_data, "--val-data", run->tok);
-    else if (run->train.single_text && flags.val_frac > 0)
-        loader_split(&run->train, &run->val, flags.val_frac);
-    run->has_val = run->val.count > 0;
+    loader_open(t, flags.data, "--data", run->tok);
+    if (*flags.val_data) loader_open(v, flags.val_data, "--val-data", run->tok);
+    else if (t->text && t->files == 1 && flags.val_frac > 0) loader_split(t, v, flags.val_frac);
     Dims d;
     if (dir) read_config(dir, &d);
-    else new_dims(&d, *flags.tokenizer || !run->train.version ? (size_t)run->tok->vocab
-                      : run->train.version == 1 ? 50257 : 128256);
-    finish_dims(&d, (size_t)flags.batch, (size_t)flags.seq_len);
-    record_shape(&d);
-    Loader *t = &run->train, *v = &run->val;
+    else new_dims(&d, *flags.tokenizer || !t->version ? (size_t)run->tok->vocab
+                      : t->version == 1 ? 50257 : 128256);
+    finish_dims(&d, dir, (size_t)flags.batch, (size_t)flags.seq_len);
     t->shuffle = (int)flags.shuffle, t->packed = v->packed = (int)flags.packed;
     t->carry = (int)flags.carry, t->seed = (uint64_t)flags.seed, t->accum = (size_t)flags.accum;
-    loader_start(t, d.V, d.R, d.T);
+    loader_start(t, dir ? d.V : d.vocab, d.R, d.T, 1);
+    run->has_val = v->files && loader_start(v, dir ? d.V : d.vocab, d.R, d.T, *flags.val_data != 0);
     if (dir && t->tokenizer && (size_t)run->tok->vocab < d.V) d.vocab = (size_t)run->tok->vocab;
-    if (run->has_val) loader_start(v, d.V, d.R, d.T);
     run->p.best = INFINITY;
     run->m.d = d;
     if (flags.dry_run) return;
-    model_allocate(&run->m, &d, 1);
-    if (state) restore_checkpoint(resume, state, &run->m, &run->p, t);
+    model_allocate(&run->m, &d, training);
+    if (state) restore_checkpoint(dir, state, &run->m, &run->p, t);
     else if (dir) read_weights(dir, &run->m);
     else model_init(&run->m, (uint64_t)flags.seed);
-    json_free(state);
     run->device->open(&run->m);
 }
-
-// ---- measuring ----------------------------------------------------------------------------------------
 
 static void set_batch(Model *m, const Loader *d, size_t micro_batches) {
     m->ids = d->ids, m->targets = d->targets, m->doc = d->doc;
     m->scale = (real)(1.0/(double)(m->d.n*micro_batches));
 }
 
-// Mean loss per token over a loader's micro-batches (at most `most`, 0: all), and bits per byte.
+// Mean loss per token over a loader's micro-batches (at most `most`, 0: all), and bits per byte
 static double evaluate(Run *run, Loader *d, Int most, double *bits_per_byte) {
     Model *m = &run->m;
     size_t lanes = m->d.lanes, bytes = 0, count = 0, all = 0;
     double sum = 0;
     loader_seek(d, 0, 0, 0);
     for (size_t i = 0; i < d->count; i++) all += loader_batches(d, d->shards[i].tokens);
-    m->d.lanes = 0;
+    m->d.lanes = 0;                     // rows stand alone
     for (; count < all && (!most || (Int)count < most); count++) {
         loader_next(d);
         set_batch(m, d, 1);
@@ -2552,31 +2566,36 @@ static double evaluate(Run *run, Loader *d, Int most, double *bits_per_byte) {
     return mean;
 }
 
-#include "dev/lib/inspect.h"              // dump_run, compare_dump
+#include "dev/lib/inspect.h"            // --dump, --compare
 
-// ---- log and plot -------------------------------------------------------------------------------------------
+// ---- log and plot -------------------------------------------------------------------------------------
 
-static void put_log(Run *run, const Text *line) {
+static void put_log(Run *run, Text *line) {
     fwrite(line->data, 1, line->size, run->log);
     CHECK(fflush(run->log) == 0, "%s/log.jsonl: %s", flags.out, strerror(errno));
+    free(line->data);
 }
 
-// A new log begins with all flags. A resumed one loses the lines after the step that it goes on from,
-// and gives the curves their points back.
+// The number behind a key of a line of the log, or NAN
+static double log_number(const char *line, const char *end, const char *key) {
+    const char *found = strstr(line, key);
+    return found && found < end ? strtod(found + strlen(key), NULL) : NAN;
+}
+
+// A new log begins with all flags. A resumed one loses the lines behind the step that it goes on
+// from, and gives the curves their points back.
 static void log_open(Run *run, int resumed) {
-    char *path = strdup(str("%s/log.jsonl", flags.out));
+    char *path = strdup(str("%s/log.jsonl", flags.out)), *aside = strdup(str("%s.new", path));
     Text kept = { NULL, 0, 0 };
     if (resumed && exists(path)) {
         Bytes b = read_file(path);
         for (char *line = b.data, *end; (end = strchr(line, '\n')); line = end + 1) {
-            Json *j = json_parse(path, line, (size_t)(end - line));
-            double step = json_number(j, path, "step", 0);
-            if (step <= (double)run->p.step) put_bytes(&kept, line, (size_t)(end - line) + 1);
-            if (step <= (double)run->p.step && json_get(j, "loss"))
-                curve_add(&run->train_curve, step, json_number(j, path, "loss", 0));
-            if (step <= (double)run->p.step && json_get(j, "val_loss"))
-                curve_add(&run->val_curve, step, json_number(j, path, "val_loss", 0));
-            json_free(j);
+            double step = log_number(line, end, "{\"step\":");
+            double loss = log_number(line, end, "\"loss\":"), val = log_number(line, end, "\"val_loss\":");
+            if (step > (double)run->p.step) continue;
+            put_bytes(&kept, line, (size_t)(end - line) + 1);
+            if (isfinite(loss)) curve_add(&run->train_curve, step, loss);
+            if (isfinite(val)) curve_add(&run->val_curve, step, val);
         }
         free(b.data);
     } else {
@@ -2584,108 +2603,129 @@ static void log_open(Run *run, int resumed) {
         put_flags(&kept);
         put(&kept, "}\n");
     }
-    run->log = fopen(path, "w");
-    CHECK(run->log, "%s: %s", path, strerror(errno));
-    put_log(run, &kept);
-    free(kept.data), free(path);
+    write_file(aside, kept.data, kept.size);
+    CHECK(rename(aside, path) == 0 && (run->log = fopen(path, "a")), "%s: %s", path, strerror(errno));
+    free(kept.data), free(path), free(aside);
 }
 
 static void draw_plot(const Run *run) {
-    Series series[] = {
-        { "train", 0x1f77b4, run->train_curve.points, run->train_curve.count },
-        { "val", 0xd62728, run->val_curve.points, run->val_curve.count },
-    };
+    const Curve *t = &run->train_curve, *v = &run->val_curve;
+    const Series series[] = { { "train", 0x1f77b4, t->points, t->count },
+                              { "val", 0xd62728, v->points, v->count } };
     plot_write(str("%s/loss.png", flags.out), str("%s on %s", flags.model, flags.data), "step",
                "loss (nats per token)", series, run->has_val ? 2 : 1);
 }
 
-// ---- the steps ------------------------------------------------------------------------------------------------
+// ---- the steps ------------------------------------------------------------------------------------------
 
-// One optimizer step: K micro-batches, then an update unless the step is an outlier.
+// Stops the run when a loss, a gradient or a weight is not a number: nothing of it must be saved.
+static void check_finite(const Model *m, const char *what, double value, const Params *p) {
+    if (isfinite(value)) return;
+    for (size_t k = 0; k < PARAM_COUNT; k++)
+        for (size_t i = 0; i < m->specs[k].count; i++) {
+            double x = (double)((real *const *)p)[k][i];
+            CHECK(isfinite(x), "%s is %g: %s has %g at element %zu; nothing was saved since the last "
+                  "checkpoint; try a smaller --lr, or look at the data", what, value, m->specs[k].name,
+                  x, i);
+        }
+    die("%s is %g though all weights are finite; nothing was saved since the last checkpoint; try a "
+        "smaller --lr, or look at the data", what, value);
+}
+
+static void log_step(Run *run, double loss, double norm, double lr, double seconds, int skipped) {
+    const Progress *p = &run->p;
+    double tokens = (double)(run->m.d.n*(size_t)flags.accum);
+    double use = 6*(double)parameter_count(run->m.specs)*tokens/seconds/run->peak;
+    int digits = sizeof(real) == 4 ? 9 : 17, width = (int)strlen(str("%" PRId64, flags.steps));
+    Text line = { NULL, 0, 0 };
+    put(&line, "{\"step\":%" PRId64 ",\"loss\":%.*g,\"grad_norm\":%.*g,\"lr\":%.17g,\"tokens\":%" PRId64
+        ",\"tokens_per_s\":%.6g,\"mfu\":%s,\"time\":%.3f%s}\n", p->step, digits, loss, digits, norm, lr,
+        p->tokens, tokens/seconds, run->peak > 0 ? str("%.4g", use) : "null", now() - run->started,
+        skipped ? ",\"skipped\":true" : "");
+    put_log(run, &line);
+    if (p->step % flags.log_every && p->step != flags.steps && p->step != run->first_step + 1) return;
+    double left = (now() - run->started)/(double)(p->step - run->first_step)
+                * (double)(flags.steps - p->step);
+    printf("step %*" PRId64 "/%" PRId64 " %5.1f%% | loss %.4f | norm %.3f | lr %.2e | %s tok/s%s | ETA %s"
+           "%s\n", width, p->step, flags.steps, 100.0*(double)p->step/(double)flags.steps, loss, norm, lr,
+           human(tokens/seconds), run->peak > 0 ? str(" | %.0f%% of peak", 100*use) : "",
+           duration(left), skipped ? " | skipped" : "");
+}
+
+// One optimizer step: the gradients of K micro-batches, then an update unless it is an outlier
 static void train_step(Run *run) {
     Model *m = &run->m;
     const Backend *device = run->device;
     Progress *p = &run->p;
-    double start = now(), loss = 0;
+    double start = now(), loss = 0, lr = learning_rate(++p->step);
     model_zero_grad(m);
-    for (Int k = 0; k < flags.accum; k++) {
+    for (size_t k = 0; k < (size_t)flags.accum; k++) {
         loader_next(&run->train);
         set_batch(m, &run->train, (size_t)flags.accum);
-        m->lane = (size_t)k*m->d.R;
+        m->lane = k*m->d.R, m->add = k > 0;
         if (flags.carry && k == 0 && run->train.fresh) device->carry(m, 1);
         loss += device->loss(m, 1)/(double)flags.accum;
-        m->add = 1;
     }
     if (flags.carry) device->carry(m, 0);
-    double norm = device->norm(m), lr = learning_rate(++p->step);
-    check_finite(m, loss, norm, p->step);
+    check_finite(m, str("step %" PRId64 ": the loss", p->step), loss, &m->w);
+    double norm = device->norm(m);
+    check_finite(m, str("step %" PRId64 ": the gradient's norm", p->step), norm, &m->g);
     int skipped = outlier(&p->loss, loss, flags.skip_loss) || outlier(&p->norm, norm, flags.skip_norm);
     remember(&p->loss, loss), remember(&p->norm, norm);
     if (!skipped)
         device->update(m, lr, flags.clip > 0 ? fmin(1, flags.clip/(norm + 1e-6)) : 1, ++p->adam_t);
     lap("adamw");
-    double seconds = now() - start, tokens = (double)(m->d.n*(size_t)flags.accum);
-    p->tokens += (Int)tokens;
-    double use = 6*(double)parameter_count(m->specs)*tokens/seconds/run->peak;
+    p->tokens += (Int)(m->d.n*(size_t)flags.accum);
     curve_add(&run->train_curve, (double)p->step, loss);
-
-    Text line = { NULL, 0, 0 };
-    int digits = sizeof(real) == 4 ? 9 : 17;
-    put(&line, "{\"step\":%" PRId64 ",\"loss\":%.*g,\"grad_norm\":%.*g,\"lr\":%.17g,\"tokens\":%"
-        PRId64 ",\"tokens_per_s\":%.6g,\"mfu\":", p->step, digits, loss, digits, norm, lr, p->tokens,
-        tokens/seconds);
-    if (run->peak > 0) put(&line, "%.4g", use);
-    else put(&line, "null");
-    put(&line, ",\"time\":%.3f%s}\n", now() - run->started, skipped ? ",\"skipped\":true" : "");
-    put_log(run, &line);
-    free(line.data);
-    if (p->step % flags.log_every && p->step != flags.steps && p->step != 1) return;
-    double left = (now() - run->started)/(double)(p->step - run->first_step)
-                * (double)(flags.steps - p->step);
-    printf("step %*" PRId64 "/%" PRId64 " %5.1f%% | loss %.4f | norm %6.3f | lr %.2e | %s tok/s | ",
-           (int)strlen(str("%" PRId64, flags.steps)), p->step, flags.steps,
-           100.0*(double)p->step/(double)flags.steps, loss, norm, lr, human(tokens/seconds));
-    if (run->peak > 0) printf("%.0f%% of peak | ", 100*use);
-    printf("ETA %s%s\n", duration(left), skipped ? " | skipped" : "");
+    log_step(run, loss, norm, lr, now() - start, skipped);
 }
-
-static int due(Int step, Int every) { return every && (step % every == 0 || step == flags.steps); }
 
 static void validate(Run *run) {
     double bits, loss = evaluate(run, &run->val, flags.eval_batches, &bits);
+    Int step = run->p.step;
+    check_finite(&run->m, str("step %" PRId64 ": the validation loss", step), loss, &run->m.w);
     Text line = { NULL, 0, 0 };
-    put(&line, "{\"step\":%" PRId64 ",\"val_loss\":%.*g,\"val_bpb\":", run->p.step,
-        sizeof(real) == 4 ? 9 : 17, loss);
-    if (isfinite(bits)) put(&line, "%.9g}\n", bits);
-    else put(&line, "null}\n");
+    put(&line, "{\"step\":%" PRId64 ",\"val_loss\":%.*g,\"val_bpb\":%s}\n", step,
+        sizeof(real) == 4 ? 9 : 17, loss, isfinite(bits) ? str("%.9g", bits) : "null");
     put_log(run, &line);
-    free(line.data);
-    curve_add(&run->val_curve, (double)run->p.step, loss);
-    printf("step %" PRId64 " | validation loss %.4f nats per token%s\n", run->p.step, loss,
+    curve_add(&run->val_curve, (double)step, loss);
+    printf("step %" PRId64 " | validation loss %.4f nats per token%s\n", step, loss,
            isfinite(bits) ? str(", %.4f bits per byte", bits) : "");
     if (flags.plot) draw_plot(run);
-    run->last_val = loss, run->last_val_step = run->p.step;
+    run->last_val = loss, run->last_val_step = step;
 }
 
 static void print_sample(Run *run) {
     int first = run->tok->byte_level ? '\n' : run->tok->eot;
     if (!run->train.tokenizer || first < 0) return;
-    run->device->fetch(&run->m);
     printf("---- sample at step %" PRId64 "\n", run->p.step);
-    generate(&run->m, run->tok, &first, 1, 300, RANDOM_SAMPLE + (uint64_t)run->p.step, stdout);
+    run->device->generate(&run->m, run->tok, &first, 1, 300, RANDOM_SAMPLE);
     printf("\n----\n");
 }
 
 static void save(Run *run) {
+    Model *m = &run->m;
+    double sum = 0;
     int better = run->last_val_step == run->p.step && run->last_val < run->p.best;
+    run->device->fetch(m);
+    for (size_t i = 0; i < m->size; i++) sum += 0*(double)m->weights[i];
+    check_finite(m, str("step %" PRId64 ": a weight", run->p.step), sum, &m->w);
     if (better) run->p.best = run->last_val;
-    run->device->fetch(&run->m);
-    save_checkpoint(&run->m, &run->p, &run->train);
+    save_checkpoint(m, &run->p, &run->train);
     if (better) point_link(str("%s/best", flags.out), str("step_%08" PRId64, run->p.step));
-    prune_checkpoints();
+    prune_checkpoints(run->p.step);
     printf("step %" PRId64 " | saved %s/step_%08" PRId64 "%s\n", run->p.step, flags.out, run->p.step,
            better ? " (best)" : "");
 }
+
+static volatile sig_atomic_t stop_signal;
+
+static void on_signal(int sig) {
+    if (stop_signal) _exit(128 + sig);                       // the second one: at once
+    stop_signal = sig;
+}
+
+static int due(Int step, Int every) { return every && (step % every == 0 || step == flags.steps); }
 
 static void print_profile(void) {
     double sum = 0;
@@ -2702,71 +2742,94 @@ static int run_training(Run *run) {
     run->started = now(), run->first_step = run->p.step;
     while (run->p.step < flags.steps && !stop_signal) {
         train_step(run);
-        if (flags.profile && run->p.step - run->first_step == flags.profile) break;
+        if (run->p.step - run->first_step == flags.profile) return print_profile(), 0;
         if (run->has_val && due(run->p.step, flags.eval_every)) validate(run);
         if (due(run->p.step, flags.sample_every)) print_sample(run);
         if (due(run->p.step, flags.save_every) || (stop_signal && flags.save_every)) save(run);
     }
-    if (flags.profile) print_profile();
-    if (flags.plot && !flags.profile) draw_plot(run);
+    if (flags.plot) draw_plot(run);
     if (!stop_signal) return 0;
-    printf("stopped by signal %d after step %" PRId64 "; --resume goes on\n", (int)stop_signal,
-           run->p.step);
+    printf("stopped by signal %d after step %" PRId64 "%s\n", (int)stop_signal, run->p.step,
+           flags.save_every ? "; --resume goes on" : "; nothing was saved, as --save-every is 0");
     return 128 + stop_signal;
 }
 
-// ---- the other verbs --------------------------------------------------------------------------------------------
+// ---- the verbs of main ------------------------------------------------------------------------------------
 
-// --generate: with the weights of --init, or of the newest checkpoint
-static int run_generate(Run *run) {
-    const char *dir = *flags.init ? flags.init : strdup(str("%s/last", flags.out));
+static int verb_train(Run *run) {
+    size_t count;
+    free(list_checkpoints(flags.out, &count));
+    CHECK(!count || flags.resume, "--out %s holds %zu checkpoints; go on with --resume, or choose another "
+          "directory", flags.out, count);
+    lock_out();
+    char *dir = find_checkpoint();
+    Json *state = dir ? read_state(dir) : NULL;
+    run_open(run, dir ? dir : *flags.init ? flags.init : NULL, state, 1);
+    json_free(state), free(dir);
+    if (run->p.step >= flags.steps)
+        return printf("nothing to do: already at step %" PRId64 " of %" PRId64 "\n", run->p.step,
+                      flags.steps), 0;
+    print_summary(run);
+    run->peak = run->device->peak();
+    log_open(run, state != NULL);
+    return run_training(run);
+}
+
+// The model directory for --generate and --eval: --init, or the newest checkpoint
+static const char *trained_model(void) {
+    const char *last = strdup(str("%s/last", flags.out));
+    CHECK(*flags.init || exists(last), "%s: no trained model; train first, or give a model directory to "
+          "--init", last);
+    return *flags.init ? flags.init : last;
+}
+
+static int verb_generate(Run *run) {
+    const char *dir = trained_model();
     Dims d;
     size_t count;
-    CHECK(*flags.init || exists(dir), "%s: no checkpoint to generate from; train first, or give a "
-          "model directory to --init", flags.out);
     read_config(dir, &d);
     run->tok = choose_tokenizer(dir);
-    int known = *flags.tokenizer || exists(str("%s/tokenizer.json", dir));
-    CHECK(known || d.V <= 272, "%s has %zu tokens and no tokenizer.json; give one with "
-          "--tokenizer", dir, d.V);
+    CHECK(d.V <= 272 || *flags.tokenizer || exists(str("%s/tokenizer.json", dir)), "%s has %zu tokens and "
+          "no tokenizer.json; give one to --tokenizer", dir, d.V);
     if ((size_t)run->tok->vocab < d.V) d.vocab = (size_t)run->tok->vocab;
-    finish_dims(&d, 1, 1);
+    finish_dims(&d, dir, 1, 1);
+    run->device->start();
     model_allocate(&run->m, &d, 0);
     read_weights(dir, &run->m);
+    run->device->open(&run->m);
     int *prompt = prompt_tokens(run->tok, &count);
     for (size_t i = 0; i < count; i++)
         CHECK((size_t)prompt[i] < d.V, "--prompt: token %d is outside the vocabulary of %zu", prompt[i],
               d.V);
-    generate(&run->m, run->tok, prompt, count, flags.generate, RANDOM_SAMPLE, stdout);
-    CHECK(!ferror(stdout), "standard output: %s", strerror(errno));
+    run->device->generate(&run->m, run->tok, prompt, count, flags.generate, RANDOM_SAMPLE);
+    CHECK(!ferror(stdout) || errno == EPIPE, "standard output: %s", strerror(errno));
     return 0;
 }
 
-// --eval FILE: the loss over a text or a shard
-static int run_eval(Run *run) {
+static int verb_eval(Run *run) {
     double bits, loss;
-    flags.shuffle = flags.carry = 0;
     flags.data = flags.eval, flags.val_data = "", flags.val_frac = 0;
-    run_open(run, *flags.init ? NULL : find_checkpoint());
+    flags.shuffle = flags.carry = 0;
+    run_open(run, trained_model(), NULL, 0);
     loss = evaluate(run, &run->train, 0, &bits);
-    printf("loss %.9g nats per token, ", loss);
-    printf(isfinite(bits) ? "%.9g bits per byte\n" : "bits per byte unknown\n", bits);
+    printf("%s: loss %.9g nats per token, %s bits per byte\n", flags.eval, loss,
+           isfinite(bits) ? str("%.9g", bits) : "unknown");
     return 0;
 }
 
 // --dry-run, --dump and --compare: nothing in --out is touched
-static int run_inspect(Run *run) {
-    run_open(run, NULL);
+static int verb_inspect(Run *run) {
+    Dump dump;
+    if (flags.compare && !*flags.compare && !run->device->compare)
+        die_usage("--compare needs a dump to compare with: REF or REF,BASE");
+    run_open(run, *flags.init ? flags.init : NULL, NULL, 1);
+    if (flags.compare && !*flags.compare) return run->device->compare(run);
+    if (flags.compare) return compare_dump(run) ? 1 : 0;
     if (flags.dry_run) {
         print_summary(run);
         printf("largest --batch that fits: %zu\n", largest_batch(run->m.d));
         return 0;
     }
-    if (flags.compare) {
-        if (!*flags.compare) die_usage("--compare needs a dump to compare with: REF or REF,BASE");
-        return compare_dump(run) ? 1 : 0;
-    }
-    Dump dump;
     dump_run(run, &dump);
     tensors_write(flags.dump, &dump.list);
     printf("%zu tensors written to %s\n", dump.list.count, flags.dump);
@@ -2780,44 +2843,37 @@ static int run_main(int argc, char **argv, const Backend *device) {
     signal(SIGPIPE, SIG_IGN);
     flags_parse(argc, argv);
     if (flags.help) return print_help(), 0;
-    if (flags.version) return printf("train_mamba2 %s, %s\n", VERSION, sizeof(real) == 4 ? "float32"
-                                     : "float64"), 0;
+    if (flags.version) return printf("train_mamba2 %s, %zu-bit floats\n", VERSION, 8*sizeof(real)), 0;
     flags_check();
-    if (!strcmp(flags.dtype, "bf16")) {
-        CHECK(bf16_available(), "--dtype bf16: this processor or this build has no bf16 instruction "
-              "(AVX512_BF16); use --dtype f32");
-        matmul_bf16 = 1;
-    }
     if (given[FLAG_threads]) omp_set_num_threads((int)flags.threads);
-    if (given[FLAG_generate]) return run_generate(&run);
-    if (*flags.eval) return run_eval(&run);
-    if (flags.dump[0] || flags.compare || flags.dry_run) return run_inspect(&run);
+    if (given[FLAG_generate]) return verb_generate(&run);
+    if (given[FLAG_eval]) return verb_eval(&run);
+    if (flags.compare || flags.dry_run || given[FLAG_dump]) return verb_inspect(&run);
+    return verb_train(&run);
+}
 
-    lock_out();
-    const char *resume = find_checkpoint();
-    CHECK(!resume || flags.resume, "--out %s holds checkpoints; go on with --resume, or choose "
-          "another directory", flags.out);
-    run_open(&run, resume);
-    print_summary(&run);
-    run.peak = device->peak();
-    if (run.p.step >= flags.steps) return printf("already at step %" PRId64 "\n", run.p.step), 0;
-    log_open(&run, resume != NULL);
-    return run_training(&run);
+// ---- the CPU as a device -----------------------------------------------------------------------------------
+
+static void cpu_start(void) {
+    if (!*flags.dtype) flags.dtype = "f32";
+    if (strcmp(flags.dtype, "bf16")) return;
+    CHECK(bf16_available(), "--dtype bf16: this processor or this build has no bf16 instruction "
+          "(AVX512_BF16); use --dtype f32");
+    matmul_bf16 = 1;
 }
 
 static void cpu_open(Model *m) { (void)m; }
 static void cpu_fetch(Model *m) { (void)m; }
-static double cpu_norm(Model *m) { return gradient_norm(m); }
 
 static void cpu_carry(Model *m, int fresh) {
-    size_t past = m->d.L*m->d.lanes*(m->d.W - 1)*m->d.S, states = m->d.L*m->d.lanes*m->d.E*m->d.N;
-    if (!fresh) swap_states(m);
-    else memset(m->a.past, 0, past*sizeof(real)), memset(m->a.carried, 0, states*sizeof(real));
+    const Dims *d = &m->d;
+    if (!fresh) { swap_states(m); return; }
+    memset(m->a.past, 0, d->L*d->lanes*(d->W - 1)*d->S*sizeof(real));
+    memset(m->a.carried, 0, d->L*d->lanes*d->E*d->N*sizeof(real));
 }
 
-static const Backend cpu_backend = {
-    "CPU", cpu_open, model_loss, cpu_norm, adamw, cpu_carry, cpu_fetch, fma_peak
-};
+static const Backend cpu_backend = { "CPU", cpu_start, cpu_open, model_loss, gradient_norm, adamw,
+                                     cpu_carry, cpu_fetch, generate, fma_peak, NULL };
 
 #ifndef NO_MAIN
 int main(int argc, char **argv) { return run_main(argc, argv, &cpu_backend); }

@@ -12,22 +12,46 @@
 //   offsets    are size_t: a batch may have more than 2^31 elements
 //
 // The same source runs on a CPU through dev/emulate, where each thread is a fiber.
-#include <cuda_runtime.h>
-#include <cuda_bf16.h>
 #include <cublasLt.h>
-#include <ctype.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <type_traits>
+#include <utility>
+
+#include <ctype.h>                      // those of the C file, outside its namespaces
+#include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <float.h>
+#include <glob.h>
 #include <inttypes.h>
+#include <limits.h>
 #include <math.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <time.h>
-#include <type_traits>
+#include <unistd.h>
+#include <zlib.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+#ifdef __CUDACC__
+#pragma nv_diag_suppress 177            // functions of the C file that this one does not call
+#endif
+#define NO_INCLUDES
+#define NO_MAIN
 #define REAL float
 namespace cpu {
 #include "train_mamba2.c"
@@ -44,15 +68,17 @@ typedef __nv_bfloat16 bf16;
 
 // The sizes, as in the C file. A type of its own: a call with a cpu::Dims would find the CPU's ops too.
 struct Dims {
-    size_t R, T, n, M, E, H, P, N, G, Q, W, S, Z, F, L, V;
-    float dt_lo, dt_hi;
+    size_t R, T, n, M, E, H, P, N, G, Q, W, S, Z, F, L, V, chunks, slab;
+    float dt_lo, dt_hi, eps;
     size_t pitch;                  // of a row of zxBCdt: Z rounded up, so that every row is aligned
-    size_t chunks;                 // of a row of the batch
 
     explicit Dims(const cpu::Dims &d)
         : R(d.R), T(d.T), n(d.n), M(d.M), E(d.E), H(d.H), P(d.P), N(d.N), G(d.G), Q(d.Q), W(d.W),
-          S(d.S), Z(d.Z), F(d.F), L(d.L), V(d.V), dt_lo(d.dt_lo), dt_hi(d.dt_hi),
-          pitch((d.Z + 7) / 8 * 8), chunks((d.T + d.Q - 1) / d.Q) {}
+          S(d.S), Z(d.Z), F(d.F), L(d.L), V(d.V), chunks(d.chunks), slab(d.slab),
+          dt_lo((float)d.dt_lo), dt_hi((float)d.dt_hi), eps((float)d.eps),
+          pitch((d.Z + 7) / 8 * 8) {
+        if (chunks == 1 && Q < 128 && T <= 128) Q = 128;   // what the fast kernels take
+    }
 };
 
 // == errors, memory ===============================================================================
@@ -90,6 +116,19 @@ static float *workspace(size_t floats) {
     return memory;
 }
 
+// to (rows,columns) on the host, from (rows,pitch) on the device
+template<typename X>
+static void download(float *to, const X *from, size_t rows, size_t columns, size_t pitch) {
+    X *staged = (X *)malloc(rows * pitch * sizeof(X) + 1);
+    CHECK(staged, "out of memory: %zu bytes to copy a tensor from the GPU", rows * pitch * sizeof(X));
+    CUDA(cudaStreamSynchronize(stream));
+    CUDA(cudaMemcpy(staged, from, rows * pitch * sizeof(X), cudaMemcpyDeviceToHost));
+    for (size_t i = 0; i < rows * columns; i++) {
+        to[i] = (float)staged[i / columns * pitch + i % columns];
+    }
+    free(staged);
+}
+
 __host__ __device__ inline size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
 __host__ __device__ inline unsigned pieces(size_t count, size_t each) {
     return (unsigned)((count + each - 1) / each);
@@ -97,6 +136,7 @@ __host__ __device__ inline unsigned pieces(size_t count, size_t each) {
 
 // == device functions =============================================================================
 
+#undef UNROLL
 #define UNROLL _Pragma("unroll")
 
 // The PTX that the CUDA language has no name for; dev/emulate has its own versions.
@@ -442,11 +482,9 @@ static void embed_backward(const Dims *d, float *g_embedding, const float *g_res
 // == rmsnorm ======================================================================================
 // u = x^ w, x^ = resid rstd, rstd = 1 / sqrt(mean of resid^2 + eps)
 // backward, of v = w g_u:  g_resid += rstd (v - x^ mean(x^ v));  g_w += sum over rows of x^ g_u
-constexpr float NORM_EPS = 1e-5f;
-
 template<int K, typename floatX>
 __global__ void __launch_bounds__(512)
-rmsnorm_forward_kernel(floatX *u, float *rstd, const float *resid, const float *w, size_t M) {
+rmsnorm_forward_kernel(floatX *u, float *rstd, const float *resid, const float *w, size_t M, float eps) {
     __shared__ float part[32];
     size_t row = blockIdx.x;
     Vec x[K];
@@ -457,7 +495,7 @@ rmsnorm_forward_kernel(floatX *u, float *rstd, const float *resid, const float *
             sum += x[k].v[i] * x[k].v[i];
         }
     }
-    float scale = 1.0f / sqrtf(block_sum(sum, part) / M + NORM_EPS);
+    float scale = 1.0f / sqrtf(block_sum(sum, part) / M + eps);
     if (threadIdx.x == 0) rstd[row] = scale;
     UNROLL for (int k = 0; k < K; k++) {
         size_t c = (threadIdx.x + k * blockDim.x) * 8;
@@ -472,15 +510,16 @@ template<typename floatX>
 static void rmsnorm_forward(const Dims *d, floatX *u, float *rstd, const float *resid, const float *w) {
     by_columns(d->M, [&](auto K, unsigned threads) {
         rmsnorm_forward_kernel<K(), floatX><<<(unsigned)d->n, threads, 0, stream>>>(
-            u, rstd, resid, w, d->M);
+            u, rstd, resid, w, d->M, d->eps);
     });
     LAUNCHED();
 }
 
 template<int K, typename floatX>
 __global__ void __launch_bounds__(512)
-rmsnorm_backward_kernel(float *g_resid, float *g_w_parts, const floatX *g_u, const float *resid,
-                        const float *rstd, const float *w, size_t n, size_t M, size_t span) {
+rmsnorm_backward_kernel(float *g_resid, float *g_w_parts, floatX *copy, const floatX *g_u,
+                        const float *resid, const float *rstd, const float *w, size_t n, size_t M,
+                        size_t span) {
     __shared__ float part[2][32];
     Vec weight[K], g_w[K] = {};
     UNROLL for (int k = 0; k < K; k++) {
@@ -508,20 +547,22 @@ rmsnorm_backward_kernel(float *g_resid, float *g_w_parts, const floatX *g_u, con
                 g.v[i] += scale * (v[k].v[i] - x[k].v[i] * dot);
             }
             store(g_resid + row * M, c, M, g);
+            store(copy + row * M, c, M, g);
         }
     }
     UNROLL for (int k = 0; k < K; k++) {
         store(g_w_parts + blockIdx.x * M, (threadIdx.x + k * blockDim.x) * 8, M, g_w[k]);
     }
 }
+// g_resid, g_w +=; copy: the new g_resid in floatX, for the products that follow
 template<typename floatX>
 static void rmsnorm_backward(const Dims *d, float *g_resid, float *g_w, const floatX *g_u,
-                             const float *resid, const float *rstd, const float *w) {
+                             const float *resid, const float *rstd, const float *w, floatX *copy) {
     size_t span = pieces(d->n, PARTS), parts = pieces(d->n, span);
     float *g_w_parts = workspace(parts * d->M);
     by_columns(d->M, [&](auto K, unsigned threads) {
         rmsnorm_backward_kernel<K(), floatX><<<(unsigned)parts, threads, 0, stream>>>(
-            g_resid, g_w_parts, g_u, resid, rstd, w, d->n, d->M, span);
+            g_resid, g_w_parts, copy, g_u, resid, rstd, w, d->n, d->M, span);
     });
     LAUNCHED();
     add_parts(g_w, g_w_parts, parts, d->M, d->M);
@@ -2542,7 +2583,7 @@ gated_rmsnorm_forward_kernel(floatX *o, float *rstd, const floatX *y, const floa
             sum += v[k].v[i] * v[k].v[i];
         }
     }
-    float scale = 1.0f / sqrtf(block_sum(sum, part) / columns + NORM_EPS);
+    float scale = 1.0f / sqrtf(block_sum(sum, part) / columns + d.eps);
     if (threadIdx.x == 0) rstd[row * d.G + blockIdx.y] = scale;
     UNROLL for (int k = 0; k < K; k++) {
         size_t c = (threadIdx.x + k * blockDim.x) * 8;
@@ -2724,43 +2765,37 @@ cross_entropy_kernel(float *losses, Logit *logits, const int *targets, float sca
     }
 }
 
-// losses (n); g_hidden (n,M) =, g_weight (V,M) (+)= by add; logits is room for `slab` rows. With
-// g_hidden NULL only the losses are worked out, from float logits (so slab rows of float).
+// losses (n); g_hidden (n,M) =, g_weight (V,M) (+)= by add; logits (slab,V) is work. With g_hidden
+// NULL only the losses, from logits in float, of which half as many rows have room. all_logits (n,V),
+// on the host, for --dump, or NULL.
 template<typename floatX>
-static void classifier(const Dims *d, float *losses, floatX *g_hidden, float *g_weight,
-                       const floatX *hidden, const floatX *weight, const int *targets, float scale,
-                       int add, void *logits, size_t slab) {
-    for (size_t row = 0; row < d->n; row += slab) {
-        size_t rows = d->n - row < slab ? d->n - row : slab;
-        const floatX *in = hidden + row * d->M;
-        if (g_hidden) {
-            floatX *x = (floatX *)logits;
-            linear_forward(x, in, weight, rows, d->M, d->V, 0);
-            cross_entropy_kernel<floatX><<<(unsigned)rows, 512, 0, stream>>>(
-                losses + row, x, targets + row, scale, 1, d->V);
-            LAUNCHED();
-            linear_backward(g_hidden + row * d->M, g_weight, x, in, weight, rows, d->M, d->V,
-                            add || row > 0);
-        } else {
+static void classifier(const Dims *d, float *losses, floatX *g_hidden, float *g_weight, floatX *logits,
+                       float *all_logits, const floatX *hidden, const floatX *weight,
+                       const int *targets, float scale, int add) {
+    size_t slab = g_hidden ? d->slab : d->slab * sizeof(floatX) / sizeof(float);
+    for (size_t i = 0; i < d->n; i += slab) {
+        size_t rows = d->n - i < slab ? d->n - i : slab;
+        const floatX *in = hidden + i * d->M;
+        if (!g_hidden) {
             float *x = (float *)logits;
             linear_forward(x, in, weight, rows, d->M, d->V, 0);
             cross_entropy_kernel<float><<<(unsigned)rows, 512, 0, stream>>>(
-                losses + row, x, targets + row, scale, 0, d->V);
+                losses + i, x, targets + i, scale, 0, d->V);
             LAUNCHED();
+            continue;
         }
+        linear_forward(logits, in, weight, rows, d->M, d->V, 0);
+        if (all_logits) download(all_logits + i * d->V, logits, rows, d->V, d->V);
+        cross_entropy_kernel<floatX><<<(unsigned)rows, 512, 0, stream>>>(
+            losses + i, logits, targets + i, scale, 1, d->V);
+        LAUNCHED();
+        linear_backward(g_hidden + i * d->M, g_weight, logits, in, weight, rows, d->M, d->V, add || i);
     }
 }
 
 // == update =======================================================================================
-// AdamW as in the C file, with the gradients scaled by min(1, clip / (norm + 1e-6)). What changes from
-// step to step lies in one struct on the device, so that a captured graph of a step stays valid.
-struct StepScalars {
-    float lr, beta1, beta2, eps, decay, clip;
-    float correct1, correct2;                              // 1 - beta^t
-    float norm, scale;                                     // worked out on the device; scale 0: no update
-};
 
-// The sum of squares in two stages; NORM_PARTS is a constant, so that the bits are the card's alone.
+// The sum of squares of all gradients, first stage; NORM_PARTS is a constant, and so are the bits.
 constexpr unsigned NORM_PARTS = 1024;
 __global__ void __launch_bounds__(256)
 sum_squares_kernel(float *parts, const float *grads, size_t count) {
@@ -2775,108 +2810,588 @@ sum_squares_kernel(float *parts, const float *grads, size_t count) {
     sum = block_sum(sum, part);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
-__global__ void __launch_bounds__(256) norm_kernel(StepScalars *step, const float *parts) {
-    __shared__ float part[32];
-    float sum = 0.0f;
-    for (unsigned i = threadIdx.x; i < NORM_PARTS; i += 256) {
-        sum += parts[i];
-    }
-    sum = block_sum(sum, part);
-    if (threadIdx.x > 0) return;
-    float norm = sqrtf(sum), scale = 1.0f;
-    if (step->clip > 0.0f) scale = min(1.0f, step->clip / (norm + 1e-6f));
-    step->norm = norm;
-    step->scale = isfinite(norm) ? scale : 0.0f;
-}
-// step->norm, step->scale from all gradients together
-static void gradient_norm(StepScalars *step, const float *grads, size_t count) {
-    float *parts = workspace(NORM_PARTS);
-    sum_squares_kernel<<<NORM_PARTS, 256, 0, stream>>>(parts, grads, count);
-    LAUNCHED();
-    norm_kernel<<<1, 256, 0, stream>>>(step, parts);
-    LAUNCHED();
-}
 
-// copy: the parameter in floatX for matrix products, or NULL
+// AdamW as in the C file:  m = beta1 m + rest1 g,  v = beta2 v + rest2 g^2,
+//                          w = keep w - step m / (sqrt(v) root + eps)
+struct AdamW {
+    float beta1, rest1, beta2, rest2, eps, keep, step, root, grad_scale;
+};
+// copy: the parameter in floatX for matrix products
 template<typename floatX>
 __global__ void __launch_bounds__(256)
-adamw_kernel(float *param, floatX *copy, float *m, float *v, const float *grads,
-             const StepScalars *step, int decays, size_t count) {
+adamw_kernel(float *w, floatX *copy, float *m, float *v, const float *g, AdamW s, size_t count) {
     size_t at = (blockIdx.x * (size_t)256 + threadIdx.x) * 8;
-    if (at >= count || step->scale == 0.0f) return;
-    StepScalars s = *step;
-    float shrink = decays ? 1.0f - s.lr * s.decay : 1.0f;
-    Vec w = load(param, at, count), g = load(grads, at, count);
-    Vec m1 = load(m, at, count), m2 = load(v, at, count);
+    if (at >= count) return;
+    Vec weight = load(w, at, count), grad = load(g, at, count);
+    Vec mean = load(m, at, count), square = load(v, at, count);
     UNROLL for (int i = 0; i < 8; i++) {
-        float grad = g.v[i] * s.scale;
-        m1.v[i] = s.beta1 * m1.v[i] + (1.0f - s.beta1) * grad;
-        m2.v[i] = s.beta2 * m2.v[i] + (1.0f - s.beta2) * grad * grad;
-        float root = sqrtf(m2.v[i] / s.correct2) + s.eps;
-        w.v[i] = w.v[i] * shrink - s.lr * (m1.v[i] / s.correct1) / root;
+        float gi = grad.v[i] * s.grad_scale;
+        mean.v[i] = s.beta1 * mean.v[i] + s.rest1 * gi;
+        square.v[i] = s.beta2 * square.v[i] + s.rest2 * gi * gi;
+        float root = sqrtf(square.v[i]) * s.root + s.eps;
+        weight.v[i] = s.keep * weight.v[i] - s.step * mean.v[i] / root;
     }
-    store(param, at, count, w);
-    store(m, at, count, m1);
-    store(v, at, count, m2);
-    if (copy) store(copy, at, count, w);
-}
-template<typename floatX>
-static void adamw(float *param, floatX *copy, float *m, float *v, const float *grads,
-                  const StepScalars *step, int decays, size_t count) {
-    adamw_kernel<floatX><<<pieces(count, 2048), 256, 0, stream>>>(
-        param, copy, m, v, grads, step, decays, count);
-    LAUNCHED();
+    store(w, at, count, weight);
+    store(m, at, count, mean);
+    store(v, at, count, square);
+    if (sizeof(floatX) != sizeof(float)) store(copy, at, count, weight);
 }
 
-// == one step of generation =======================================================================
-// The recurrence itself: T = 1, the state (R,H,N,P) and the last inputs of the convolution (R,W-1,S)
-// are kept from token to token.
+// == one step at a time ===========================================================================
+// Generation: the recurrence itself, and the inputs of the convolution that the next token needs.
 
 template<typename floatX>
 __global__ void __launch_bounds__(256)
-conv1d_step_kernel(floatX *xBC, floatX *past, const floatX *zxBCdt, const float *w, const float *b,
-                   Dims d) {
+conv1d_past_kernel(floatX *past_new, const floatX *zxBCdt, const floatX *past, const int *doc, Dims d) {
     size_t c = blockIdx.x * (size_t)256 + threadIdx.x, r = blockIdx.y;
     if (c >= d.S) return;
-    floatX now = zxBCdt[r * d.pitch + d.E + c];
-    float pre = b[c] + w[c * d.W + d.W - 1] * (float)now;
-    for (size_t k = 0; k + 1 < d.W; k++) {
-        floatX *slot = past + (r * (d.W - 1) + k) * d.S + c;
-        pre += w[c * d.W + k] * (float)*slot;
-        *slot = k + 2 < d.W ? slot[d.S] : now;
+    for (size_t k = 0; k + 1 < d.W; k++) {                 // in order: past_new may be past
+        size_t t = d.T + k;                                // of the W-1 inputs in past, then T
+        const int *docs = doc ? doc + r * d.T : NULL;
+        floatX value = (floatX)0.0f;
+        if (t >= d.W - 1) {
+            size_t step = t - (d.W - 1);
+            bool same = !docs || docs[step] == docs[d.T - 1];
+            if (same) value = zxBCdt[(r * d.T + step) * d.pitch + d.E + c];
+        } else if (past && (!docs || docs[d.T - 1] == 0)) {
+            value = past[(r * (d.W - 1) + t) * d.S + c];
+        }
+        past_new[(r * (d.W - 1) + k) * d.S + c] = value;
     }
-    xBC[r * d.S + c] = (floatX)(pre * sigmoid(pre));
 }
+// The W-1 inputs that the next stretch of the same row needs as its past.
 template<typename floatX>
-static void conv1d_step(const Dims *d, floatX *xBC, floatX *past, const floatX *zxBCdt, const float *w,
-                        const float *b) {
-    conv1d_step_kernel<floatX><<<dim3(pieces(d->S, 256), (unsigned)d->R), 256, 0, stream>>>(
-        xBC, past, zxBCdt, w, b, *d);
+static void conv1d_past(const Dims *d, floatX *past_new, const floatX *zxBCdt, const floatX *past,
+                        const int *doc) {
+    conv1d_past_kernel<floatX><<<dim3(pieces(d->S, 256), (unsigned)d->R), 256, 0, stream>>>(
+        past_new, zxBCdt, past, doc, *d);
     LAUNCHED();
 }
 
-// A thread per column p of a head: it owns the state's column, and sums over n alone.
+// A thread per column p of a head: it owns the state's column, in final, and sums over n alone.
 template<typename floatX>
 __global__ void __launch_bounds__(128)
-ssd_step_kernel(floatX *y, float *state, const floatX *xBC, const float *dt, const float *A_log,
-                const float *D, Dims d) {
+ssd_recurrence_kernel(floatX *y, float *final, const floatX *xBC, const float *dt, const float *A_log,
+                      const float *D, const float *initial, const int *doc, Dims d) {
     size_t p = blockIdx.x * (size_t)128 + threadIdx.x, h = blockIdx.y, r = blockIdx.z;
     if (p >= d.P) return;
-    const floatX *row = xBC + r * d.S, *B = row + d.E + h / (d.H / d.G) * d.N, *C = B + d.G * d.N;
-    float *S = state + (r * d.H + h) * d.N * d.P + p;
-    float step = dt[r * d.H + h], decay = expf(-step * expf(A_log[h]));
-    float x = (float)row[h * d.P + p], sum = D[h] * x;
-    for (size_t n = 0; n < d.N; n++) {
-        float s = decay * S[n * d.P] + step * (float)B[n] * x;
-        S[n * d.P] = s;
-        sum += (float)C[n] * s;
+    size_t head = (r * d.H + h) * d.N * d.P + p;
+    float a = -expf(A_log[h]), skip = D[h];
+    for (size_t t = 0; t < d.T; t++) {
+        size_t at = r * d.T + t;
+        const floatX *row = xBC + at * d.S, *B = row + d.E + h / (d.H / d.G) * d.N, *C = B + d.G * d.N;
+        const float *before = t ? final + head : initial ? initial + head : NULL;
+        float step = dt[at * d.H + h], decay = expf(step * a), x = (float)row[h * d.P + p];
+        float sum = skip * x;
+        if (doc && doc[at] != (t ? doc[at - 1] : 0)) decay = 0.0f;
+        for (size_t n = 0; n < d.N; n++) {
+            float s = (before ? decay * before[n * d.P] : 0.0f) + step * (float)B[n] * x;
+            final[head + n * d.P] = s;
+            sum += (float)C[n] * s;
+        }
+        y[at * d.E + h * d.P + p] = (floatX)sum;
     }
-    y[r * d.E + h * d.P + p] = (floatX)sum;
 }
+// final (R,H,N,P) may be initial
 template<typename floatX>
-static void ssd_step(const Dims *d, floatX *y, float *state, const floatX *xBC, const float *dt,
-                     const float *A_log, const float *D) {
+static void ssd_recurrence(const Dims *d, floatX *y, float *final, const floatX *xBC, const float *dt,
+                           const float *A_log, const float *D, const float *initial, const int *doc) {
     dim3 grid(pieces(d->P, 128), (unsigned)d->H, (unsigned)d->R);
-    ssd_step_kernel<floatX><<<grid, 128, 0, stream>>>(y, state, xBC, dt, A_log, D, *d);
+    ssd_recurrence_kernel<floatX><<<grid, 128, 0, stream>>>(
+        y, final, xBC, dt, A_log, D, initial, doc, *d);
     LAUNCHED();
 }
+
+// == the model on the GPU =========================================================================
+// The tables of parameters and activations are those of the C file, and so is the order of a block:
+// weights, gradients and moments in float; the weights once more in floatX, for matrix products.
+// cpu::Model is the host's side: the batch, and the copies that checkpoints are made of.
+
+template<typename X> struct ParamsOf {
+#define X(name, ...) X *name;
+    PARAMS(X)
+#undef X
+};
+
+// Activations are in floatX, but for these:
+constexpr const char *IN_FLOAT[] = {
+    "resid", "rstd", "dt", "rstd_g", "rstd2", "rstd_f", "losses", "g_resid", "g_dt",
+    "carried", "carried_new",
+};
+constexpr bool same_name(const char *a, const char *b) {
+    return *a == *b && (!*a || same_name(a + 1, b + 1));
+}
+constexpr bool in_float(const char *name) {
+    for (const char *other : IN_FLOAT) {
+        if (same_name(name, other)) return true;
+    }
+    return false;
+}
+template<typename floatX> struct Acts {
+#define X(name, ...) typename std::conditional<in_float(#name), float, floatX>::type *name;
+    ACTS(X)
+#undef X
+};
+
+template<typename floatX>
+struct Model {
+    cpu::Model *host;
+    Dims d = Dims(cpu::Dims());
+    cpu::Spec specs[cpu::PARAM_COUNT], act_specs[cpu::ACT_COUNT];
+    ParamsOf<float> w, g, m, v;            // weights, gradients, moments
+    float *weights, *grads, *mean, *square;            // the same as blocks
+    ParamsOf<floatX> x;                    // the weights in floatX: w itself when that is float
+    floatX *copies;
+    Acts<floatX> a;
+    floatX *g_branch;                      // g_resid (n,M) in floatX
+    int *ids, *targets, *docs, *plan;      // of the micro-batch; plan: embed_plan
+    const int *doc;                        // docs, or NULL
+    int *host_plan;
+};
+
+// Pointers to all tensors of a block, of which each begins at a multiple of 16 elements.
+template<typename X>
+static ParamsOf<X> params_at(X *block, const cpu::Spec *specs) {
+    ParamsOf<X> params;
+    for (size_t k = 0; k < cpu::PARAM_COUNT; k++) {
+        ((X **)&params)[k] = block;
+        block += round_up(specs[k].count, 16);
+    }
+    return params;
+}
+
+// Pointers to layer l's part of each tensor that has one.
+template<typename X>
+static ParamsOf<X> layer_params(const cpu::Spec *specs, ParamsOf<X> layer, size_t l, size_t L) {
+    for (size_t k = 0; k < cpu::PARAM_COUNT; k++) {
+        if (strstr(specs[k].key, "%zu")) ((X **)&layer)[k] += l * (specs[k].count / L);
+    }
+    return layer;
+}
+
+template<typename floatX>
+static size_t act_size(const cpu::Spec *spec) {            // of an element
+    return in_float(spec->name) ? sizeof(float) : sizeof(floatX);
+}
+
+// Likewise of the activations. Without --carry, past and carried are NULL.
+template<typename floatX>
+static Acts<floatX> layer_acts(const Model<floatX> *m, size_t l) {
+    Acts<floatX> layer = m->a;
+    size_t lanes = m->host->d.lanes;
+    for (size_t k = 0; k < cpu::ACT_COUNT; k++) {
+        const cpu::Spec *s = &m->act_specs[k];
+        char **p = &((char **)&layer)[k];
+        size_t bytes = s->shape[0] ? s->count / s->shape[0] * act_size<floatX>(s) : 0;    // of a layer
+        if (s->shape_text[1] == 'K') *p += l % m->host->d.kept * bytes;
+        if (!strncmp(s->shape_text, "(L2,", 4)) *p += l * (m->d.F ? 2 : 1) * bytes;
+        if (!strncmp(s->shape_text, "(L,", 3)) {
+            *p = lanes ? *p + l * bytes + m->host->lane * (bytes / lanes) : NULL;
+        }
+    }
+    return layer;
+}
+
+// The device's shapes: rows of zxBCdt have their pitch, slabs of logits are larger (each one reads and
+// writes the head's gradient), and the states are kept for the backward pass.
+template<typename floatX>
+static void device_specs(Model<floatX> *m, const cpu::Dims &host) {
+    cpu::Dims d = host;
+    d.Z = m->d.pitch;
+    d.slab = max((size_t)2, (d.n + pieces(d.n * d.V, (size_t)1 << 29) - 1) / pieces(d.n * d.V, (size_t)1 << 29));
+    d.chunks = m->d.chunks;
+    m->d.slab = d.slab;
+    cpu::act_specs(&d, m->act_specs);
+    for (cpu::Spec &s : m->act_specs) {
+        if (strcmp(s.name, "states")) continue;
+        s.shape_text = "(K, C, H, N, P)";
+        memmove(s.shape + 1, s.shape, 4 * sizeof(size_t));
+        s.shape[0] = d.kept;
+        s.rank = 5;
+        s.count *= d.kept;
+    }
+}
+
+// Room for a batch's activations and tokens.
+template<typename floatX>
+static void open_acts(Model<floatX> *m, cpu::Model *host) {
+    m->host = host;
+    m->d = Dims(host->d);
+    device_specs(m, host->d);
+    for (size_t k = 0; k < cpu::ACT_COUNT; k++) {
+        size_t bytes = m->act_specs[k].count * act_size<floatX>(&m->act_specs[k]);
+        ((char **)&m->a)[k] = device_alloc<char>(bytes);
+        CUDA(cudaMemsetAsync(((char **)&m->a)[k], 0, bytes, stream));
+    }
+    size_t n = m->d.n;
+    m->g_branch = device_alloc<floatX>(n * m->d.M);
+    m->ids = device_alloc<int>(n);
+    m->targets = device_alloc<int>(n);
+    m->docs = device_alloc<int>(n);
+    m->plan = device_alloc<int>(embed_plan_size(n));
+    m->host_plan = (int *)cpu::alloc(embed_plan_size(n), sizeof(int));
+}
+
+template<typename floatX>
+__global__ void __launch_bounds__(256) cast_kernel(floatX *to, const float *from, size_t count) {
+    size_t i = (blockIdx.x * (size_t)256 + threadIdx.x) * 8;
+    if (i < count) store(to, i, count, load(from, i, count));
+}
+
+// ---- between host and device ---------------------------------------------------------------------
+
+template<typename X>
+static void upload(X *to, const float *from, size_t count) {
+    X *staged = (X *)malloc(count * sizeof(X) + 1);
+    CHECK(staged, "out of memory: %zu bytes to copy a tensor to the GPU", count * sizeof(X));
+    for (size_t i = 0; i < count; i++) {
+        staged[i] = (X)from[i];
+    }
+    CUDA(cudaStreamSynchronize(stream));
+    CUDA(cudaMemcpy(to, staged, count * sizeof(X), cudaMemcpyHostToDevice));
+    free(staged);
+}
+
+// --dump: layer l's tensors to where the host would have them, then the host's own function
+template<typename floatX>
+static void watch(const Model<floatX> *m, size_t l, int part) {
+    cpu::Model *host = m->host;
+    if (!host->watch) return;
+    cpu::Acts to = cpu::layer_acts(host, l);
+    Acts<floatX> from = layer_acts(m, l);
+    for (size_t k = 0; k < cpu::ACT_COUNT; k++) {
+        const cpu::Spec *s = &host->act_specs[k];
+        bool of_layers = s->shape_text[1] == 'K' || !strncmp(s->shape_text, "(L2,", 4);
+        bool work = !strncmp(s->shape_text, "(L,", 3) || !strncmp(s->shape_text, "(C,", 3);
+        if (work || !strcmp(s->name, "logits") || !s->count) continue;
+        size_t count = of_layers ? s->count / s->shape[0] : s->count;
+        size_t columns = s->shape[s->rank - 1], pitch = m->act_specs[k].shape[s->rank - 1];
+        if (s->rank == 1 || (of_layers && s->rank == 2)) columns = pitch = count;
+        float *x = ((float **)&to)[k];
+        const void *device = ((void **)&from)[k];
+        if (in_float(s->name)) download(x, (const float *)device, count / columns, columns, pitch);
+        else download(x, (const floatX *)device, count / columns, columns, pitch);
+    }
+    host->watch(host->watcher, l, part);
+}
+
+// The gradients that only ever add start from 0; matrices are overwritten by their first product.
+template<typename floatX>
+static void zero_grads(const Model<floatX> *m) {
+    for (size_t k = 0; k < cpu::PARAM_COUNT; k++) {
+        const cpu::Spec *s = &m->specs[k];
+        if (s->decay && (s->init != cpu::NORMAL || m->host->d.tied)) continue;
+        CUDA(cudaMemsetAsync(((float **)&m->g)[k], 0, s->count * sizeof(float), stream));
+    }
+}
+
+template<typename floatX>
+static void swap_states(Model<floatX> *m) {
+    std::swap(m->a.past, m->a.past_new);
+    std::swap(m->a.carried, m->a.carried_new);
+}
+
+// ---- layers: read these beside those of the C file -----------------------------------------------
+
+static void lap(const char *name) {        // --profile: when the GPU is done, not when it was asked
+    if (!cpu::flags.profile) return;
+    CUDA(cudaStreamSynchronize(stream));
+    cpu::lap(name);
+}
+
+// The residual stream after a branch: the one before it plus in (n,I) weight (M,I)^T
+template<typename floatX>
+static float *after(const Model<floatX> *m, float *resid) { return resid + m->d.n * m->d.M; }
+
+template<typename floatX>
+static void add_branch(const Model<floatX> *m, float *resid, const floatX *in, const floatX *weight,
+                       size_t I) {
+    gemm(after(m, resid), in, weight, resid, 1, Product{m->d.n, m->d.M, I, I, I, m->d.M, 0, 1});
+}
+
+template<typename floatX>
+static void layer_forward(const Model<floatX> *m, size_t l) {
+    const Dims *d = &m->d;
+    auto w = layer_params(m->specs, m->w, l, d->L);
+    auto x = layer_params(m->specs, m->x, l, d->L);
+    auto a = layer_acts(m, l);
+    rmsnorm_forward(d, a.u, a.rstd, a.resid, w.norm);                               lap("norm");
+    linear_forward(a.zxBCdt, a.u, x.in_proj, d->n, d->M, d->Z, 0, d->pitch);        lap("in_proj");
+    conv1d_forward(d, a.xBC, a.zxBCdt, w.conv_w, w.conv_b, a.past, m->doc);         lap("conv1d");
+    if (m->host->d.lanes) conv1d_past(d, a.past_new, a.zxBCdt, a.past, m->doc);
+    dt_forward(d, a.dt, a.zxBCdt, w.dt_bias);                                       lap("dt");
+    if (m->host->recurrent)
+        ssd_recurrence(d, a.y, a.carried_new, a.xBC, a.dt, w.A_log, w.D, a.carried, m->doc);
+    else
+        ssd_forward(d, a.y, a.states, a.carried_new, a.xBC, a.dt, w.A_log, w.D, a.carried, m->doc);
+    lap("ssd");
+    gated_rmsnorm_forward(d, a.o, a.rstd_g, a.y, a.zxBCdt, w.norm_g);               lap("norm_g");
+    add_branch(m, a.resid, a.o, x.out_proj, d->E);                                  lap("out_proj");
+    if (d->F) {
+        rmsnorm_forward(d, a.u2, a.rstd2, after(m, a.resid), w.norm2);              lap("norm");
+        linear_forward(a.ab, a.u2, x.fc1, d->n, d->M, 2 * d->F, 0);                 lap("fc1");
+        swiglu_forward(d, a.h, a.ab);                                               lap("swiglu");
+        add_branch(m, after(m, a.resid), a.h, x.fc2, d->F);                         lap("fc2");
+    }
+    watch(m, l, 0);
+}
+
+// g_resid (n,M): on entry the gradient of what the layer returns, on exit of what it was given.
+template<typename floatX>
+static void layer_backward(const Model<floatX> *m, size_t l) {
+    const Dims *d = &m->d;
+    auto w = layer_params(m->specs, m->w, l, d->L), g = layer_params(m->specs, m->g, l, d->L);
+    auto x = layer_params(m->specs, m->x, l, d->L);
+    auto a = layer_acts(m, l);
+    size_t n = d->n, M = d->M, E = d->E, Z = d->Z, F = d->F;
+    int add = m->host->add;
+    if (m->host->d.kept < d->L) {                          // --recompute
+        auto watcher = m->host->watch;
+        m->host->watch = NULL;
+        layer_forward(m, l);
+        m->host->watch = watcher;
+    }
+    if (F) {
+        linear_backward(a.g_h, g.fc2, m->g_branch, a.h, x.fc2, n, F, M, add);       lap("fc2");
+        swiglu_backward(d, a.g_ab, a.g_h, a.ab);                                    lap("swiglu");
+        linear_backward(a.g_u, g.fc1, a.g_ab, a.u2, x.fc1, n, M, 2 * F, add);       lap("fc1");
+        rmsnorm_backward(d, a.g_resid, g.norm2, a.g_u, after(m, a.resid), a.rstd2, w.norm2,
+                         m->g_branch);                                              lap("norm");
+    }
+    linear_backward(a.g_o, g.out_proj, m->g_branch, a.o, x.out_proj, n, E, M, add); lap("out_proj");
+    gated_rmsnorm_backward(d, a.g_y, a.g_zxBCdt, g.norm_g, a.g_o, a.y, a.zxBCdt, a.rstd_g, w.norm_g);
+    lap("norm_g");
+    ssd_backward(d, a.g_xBC, a.g_dt, g.A_log, g.D, (float *)NULL, a.g_y, (float *)NULL, a.states,
+                 a.g_states, a.xBC, a.dt, w.A_log, w.D, a.carried, m->doc);         lap("ssd");
+    dt_backward(d, a.g_zxBCdt, g.dt_bias, a.g_dt, a.zxBCdt, w.dt_bias);             lap("dt");
+    watch(m, l, 1);
+    conv1d_backward(d, a.g_zxBCdt, g.conv_w, g.conv_b, a.g_xBC, a.zxBCdt, w.conv_w, w.conv_b, a.past,
+                    m->doc);                                                        lap("conv1d");
+    linear_backward(a.g_u, g.in_proj, a.g_zxBCdt, a.u, x.in_proj, n, M, Z, add, d->pitch);
+    lap("in_proj");
+    rmsnorm_backward(d, a.g_resid, g.norm, a.g_u, a.resid, a.rstd, w.norm, m->g_branch);
+    lap("norm");
+    watch(m, l, 2);
+}
+
+template<typename floatX>
+static void model_hidden(Model<floatX> *m) {
+    const Dims *d = &m->d;
+    const cpu::Model *host = m->host;
+    CUDA(cudaMemcpyAsync(m->ids, host->ids, d->n * sizeof(int), cudaMemcpyHostToDevice, stream));
+    m->doc = host->doc ? m->docs : NULL;
+    if (host->doc) {
+        CUDA(cudaMemcpyAsync(m->docs, host->doc, d->n * sizeof(int), cudaMemcpyHostToDevice, stream));
+    }
+    embed_forward(d, m->a.resid, m->ids, m->w.embedding);                           lap("embed");
+    for (size_t l = 0; l < d->L; l++) {
+        layer_forward(m, l);
+    }
+    rmsnorm_forward(d, m->a.hidden, m->a.rstd_f, layer_acts(m, d->L).resid, m->w.norm_f);
+    lap("norm");
+}
+
+// The mean loss of the micro-batch; with `backward` also its gradients, added to those of the
+// step's earlier micro-batches.
+template<typename floatX>
+static double model_loss(Model<floatX> *m, int backward) {
+    const Dims *d = &m->d;
+    cpu::Model *host = m->host;
+    auto a = m->a;
+    const floatX *head = host->d.tied ? m->x.embedding : m->x.lm_head;
+    float *g_head = host->d.tied ? m->g.embedding : m->g.lm_head;
+    size_t n = d->n;
+    CUDA(cudaMemcpyAsync(m->targets, host->targets, n * sizeof(int), cudaMemcpyHostToDevice, stream));
+    model_hidden(m);
+    if (backward && !host->add) zero_grads(m);
+    classifier(d, a.losses, backward ? a.g_u : (floatX *)NULL, g_head, a.logits,
+               host->all_logits, a.hidden, head, m->targets, host->scale, host->add); lap("classifier");
+    CUDA(cudaMemcpyAsync(host->a.losses, a.losses, n * sizeof(float), cudaMemcpyDeviceToHost, stream));
+    if (backward) {
+        watch(m, d->L, 1);
+        CUDA(cudaMemsetAsync(a.g_resid, 0, n * d->M * sizeof(float), stream));
+        rmsnorm_backward(d, a.g_resid, m->g.norm_f, a.g_u, layer_acts(m, d->L).resid, a.rstd_f,
+                         m->w.norm_f, m->g_branch);                                 lap("norm");
+        watch(m, d->L, 2);
+        for (size_t l = d->L; l-- > 0;) {
+            layer_backward(m, l);
+        }
+        embed_plan(m->host_plan, host->ids, n, d->V);
+        CUDA(cudaMemcpyAsync(m->plan, m->host_plan, embed_plan_size(n) * sizeof(int),
+                             cudaMemcpyHostToDevice, stream));
+        embed_backward(d, m->g.embedding, a.g_resid, m->plan);                      lap("embed");
+    }
+    CUDA(cudaStreamSynchronize(stream));
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        sum += (double)host->a.losses[i];
+    }
+    return sum / (double)n;
+}
+
+template<typename floatX>
+static void adamw(Model<floatX> *m, double lr, double grad_scale, cpu::Int t) {
+    const cpu::Flags &f = cpu::flags;
+    double fix1 = 1 - pow(f.beta1, (double)t), fix2 = 1 - pow(f.beta2, (double)t);
+    AdamW s = {(float)f.beta1, (float)(1 - f.beta1), (float)f.beta2, (float)(1 - f.beta2),
+               (float)f.eps, 1.0f, (float)(lr / fix1), (float)(1 / sqrt(fix2)), (float)grad_scale};
+    for (size_t k = 0; k < cpu::PARAM_COUNT; k++) {
+        size_t count = m->specs[k].count;
+        if (!count) continue;
+        s.keep = (float)(1 - lr * (m->specs[k].decay ? f.weight_decay : 0));
+        adamw_kernel<floatX><<<pieces(count, 2048), 256, 0, stream>>>(
+            ((float **)&m->w)[k], ((floatX **)&m->x)[k], ((float **)&m->m)[k], ((float **)&m->v)[k],
+            ((float **)&m->g)[k], s, count);
+        LAUNCHED();
+    }
+}
+
+// ---- the functions of cpu::Backend, for floatX ---------------------------------------------------
+template<typename floatX>
+struct Device {
+    static inline Model<floatX> model;
+
+    static size_t count(const char *name) {                // elements of an activation
+        size_t k = 0;
+        while (strcmp(model.act_specs[k].name, name)) k++;
+        return model.act_specs[k].count;
+    }
+
+    static void open(cpu::Model *host) {
+        Model<floatX> *m = &model;
+        memcpy(m->specs, host->specs, sizeof m->specs);
+        open_acts(m, host);
+        float **blocks[] = {&m->weights, &m->grads, &m->mean, &m->square};
+        const float *from[] = {host->weights, NULL, host->mean, host->square};
+        ParamsOf<float> *params[] = {&m->w, &m->g, &m->m, &m->v};
+        for (int i = 0; i < 4; i++) {
+            *blocks[i] = device_alloc<float>(host->size);
+            *params[i] = params_at(*blocks[i], m->specs);
+            CUDA(cudaMemsetAsync(*blocks[i], 0, host->size * sizeof(float), stream));
+            if (from[i]) upload(*blocks[i], from[i], host->size);
+        }
+        if (sizeof(floatX) == sizeof(float)) {
+            m->copies = (floatX *)m->weights;
+        } else {
+            m->copies = device_alloc<floatX>(host->size);
+            cast_kernel<floatX><<<pieces(host->size, 2048), 256, 0, stream>>>(
+                m->copies, m->weights, host->size);
+            LAUNCHED();
+        }
+        m->x = params_at(m->copies, m->specs);
+        if (!host->d.lanes) return;
+        upload(m->a.past, host->a.past, count("past"));
+        upload(m->a.carried, host->a.carried, count("carried"));
+    }
+
+    static double loss(cpu::Model *, int backward) { return model_loss(&model, backward); }
+
+    // The sum of squares in two stages: NORM_PARTS blocks, then the host, in double.
+    static double norm(cpu::Model *host) {
+        static float sums[NORM_PARTS];
+        float *parts = workspace(NORM_PARTS);
+        sum_squares_kernel<<<NORM_PARTS, 256, 0, stream>>>(parts, model.grads, host->size);
+        LAUNCHED();
+        download(sums, parts, 1, NORM_PARTS, NORM_PARTS);
+        double sum = 0;
+        for (unsigned i = 0; i < NORM_PARTS; i++) {
+            sum += (double)sums[i];
+        }
+        if (!isfinite(sum)) download(host->grads, model.grads, 1, host->size, host->size);
+        return sqrt(sum);                                  // the host names the tensor, and stops
+    }
+
+    static void update(cpu::Model *, double lr, double grad_scale, cpu::Int t) {
+        adamw(&model, lr, grad_scale, t);
+    }
+
+    static void carry(cpu::Model *, int fresh) {
+        if (!fresh) return swap_states(&model);
+        CUDA(cudaMemsetAsync(model.a.past, 0, count("past") * sizeof(floatX), stream));
+        CUDA(cudaMemsetAsync(model.a.carried, 0, count("carried") * sizeof(float), stream));
+    }
+
+    static void fetch(cpu::Model *host) {
+        const Model<floatX> *m = &model;
+        size_t n = host->size;
+        download(host->weights, m->weights, 1, n, n);
+        download(host->mean, m->mean, 1, n, n);
+        download(host->square, m->square, 1, n, n);
+        if (host->watch) {                                 // --dump
+            download(host->grads, m->grads, 1, n, n);
+            download(host->a.hidden, m->a.hidden, 1, m->d.n * m->d.M, m->d.n * m->d.M);
+        }
+        if (!host->d.lanes) return;
+        download(host->a.past, m->a.past, 1, count("past"), count("past"));
+        download(host->a.carried, m->a.carried, 1, count("carried"), count("carried"));
+    }
+};
+
+// ---- main ----------------------------------------------------------------------------------------
+
+static bool in_bf16() { return !strcmp(cpu::flags.dtype, "bf16"); }
+
+// Which GPU, and can this program run on it? ARCH is what nvcc compiled for, times 10.
+static void gpu_start() {
+    int count = 0, device = (int)cpu::flags.device;
+    cudaError_t error = cudaGetDeviceCount(&count);
+    CHECK(!error && count > 0, "no GPU: %s; train_mamba2 is the program for the CPU",
+          cudaGetErrorString(error));
+    CHECK(device < count, "--device %d: there are GPUs 0 to %d", device, count - 1);
+    CUDA(cudaSetDevice(device));
+    cudaDeviceProp p;
+    CUDA(cudaGetDeviceProperties(&p, device));
+#ifdef ARCH
+    CHECK(10 * p.major + p.minor >= ARCH, "built for sm_%d, found sm_%d%d: make ARCH=%d%d", ARCH,
+          p.major, p.minor, p.major, p.minor);
+#endif
+    CUDA(cudaStreamCreate(&stream));
+}
+
+static void gpu_open(cpu::Model *m) {
+    if (!stream) gpu_start();
+    Dims d(m->d);
+    printf("GPU      %s matrix products, %s kernels for SSD\n", in_bf16() ? "bf16" : "float32",
+           in_bf16() && ssd_is_fast(&d) ? "fast" : "general");
+    if (in_bf16() && !ssd_is_fast(&d)) {
+        printf("         this shape has no fast SSD kernels, which take chunks of 128, headdim up to "
+               "64 and d_state up to 128,\n         both multiples of 8, and 227 KB of shared memory: "
+               "SSD takes about 10 times as long\n");
+    }
+    in_bf16() ? Device<bf16>::open(m) : Device<float>::open(m);
+}
+static double gpu_loss(cpu::Model *m, int backward) {
+    return in_bf16() ? Device<bf16>::loss(m, backward) : Device<float>::loss(m, backward);
+}
+static double gpu_norm(cpu::Model *m) {
+    return in_bf16() ? Device<bf16>::norm(m) : Device<float>::norm(m);
+}
+static void gpu_update(cpu::Model *m, double lr, double grad_scale, cpu::Int t) {
+    in_bf16() ? Device<bf16>::update(m, lr, grad_scale, t) : Device<float>::update(m, lr, grad_scale, t);
+}
+static void gpu_carry(cpu::Model *m, int fresh) {
+    in_bf16() ? Device<bf16>::carry(m, fresh) : Device<float>::carry(m, fresh);
+}
+static void gpu_fetch(cpu::Model *m) {
+    in_bf16() ? Device<bf16>::fetch(m) : Device<float>::fetch(m);
+}
+
+// The datasheet's dense bf16 rate, so that a worse kernel cannot raise the percentage; 0 when unknown
+static double gpu_peak() {
+    cudaDeviceProp p;
+    int device;
+    CUDA(cudaGetDevice(&device));
+    CUDA(cudaGetDeviceProperties(&p, device));
+    if (!in_bf16()) return 0;
+    if (strstr(p.name, "H100") || strstr(p.name, "H200")) return strstr(p.name, "PCIe") ? 756e12 : 989e12;
+    if (strstr(p.name, "A100")) return 312e12;
+    return 0;
+}
+
+static const cpu::Backend gpu_backend = {
+    "GPU", gpu_open, gpu_loss, gpu_norm, gpu_update, gpu_carry, gpu_fetch, gpu_peak
+};
+
+#ifndef TESTING
+int main(int argc, char **argv) { return cpu::run_main(argc, argv, &gpu_backend); }
+#endif

@@ -1,6 +1,6 @@
 // CUDA on a CPU, part 5: cublasLtMatmul by plain loops. It takes only what a GPU's fast kernels
-// take for certain, and says what it does not like: column-major bf16 x bf16 -> bf16 or float, or all
-// float; float accumulation and scaling; no epilogue; pointers and pitches multiples of 16 bytes.
+// take for certain, and says what it does not like: bf16 x bf16 -> bf16 or float, or all float;
+// accumulated and scaled in float; no epilogue; pointers and pitches of multiples of 16 bytes.
 #pragma once
 #include "runtime.h"
 

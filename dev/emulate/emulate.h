@@ -25,7 +25,6 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <algorithm>
-#include <functional>
 #include <map>
 #include <string>
 #include <type_traits>
@@ -235,7 +234,8 @@ struct Block {
     bool failed;
     unsigned long serial;               // counts the blocks that ran here
     Kernel *kernel;
-    const std::function<void()> *body;
+    void (*body)(void *);               // runs the kernel with the arguments that lie at `args`
+    void *args;
     char *stacks, *dynamic;             // stacks of all threads; dynamic shared memory
     size_t dynamic_size, static_size;
     void *sp, *fake, *tsan;             // the scheduler's stack pointer, fake stack, fiber
@@ -474,7 +474,7 @@ EMU_ENGINE void fiber() {               // where each thread begins
     Thread *me = block->current;
     __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
     __tsan_acquire(&block->order_start);
-    (*block->body)();
+    block->body(block->args);
     __tsan_release(&block->order_end);
     end(me);
     wait();
@@ -561,7 +561,7 @@ EMU_ENGINE void run_block(Block *b, dim3 dim, uint3 index, size_t dynamic_size) 
 }
 // Runs the blocks of a grid in turn or, with -DEMU_PARALLEL_BLOCKS -fopenmp, on several OS threads.
 EMU_ENGINE void run_grid(Kernel *kernel, dim3 grid, dim3 dim, size_t dynamic_size,
-                         const std::function<void()> &body) {
+                         void (*body)(void *), void *args) {
     long long xy = (long long)grid.x * grid.y, total = xy * grid.z;
     bool failed = false;
 #ifdef EMU_PARALLEL_BLOCKS
@@ -571,7 +571,7 @@ EMU_ENGINE void run_grid(Kernel *kernel, dim3 grid, dim3 dim, size_t dynamic_siz
         static thread_local Block *mine = make_block();
         Block *b = block = mine;
         b->kernel = kernel;
-        b->body = &body;
+        b->body = body, b->args = args;
         gridDim = grid, blockDim = dim;
         __tsan_release(&b->order_start);
 #ifdef EMU_PARALLEL_BLOCKS

@@ -3,6 +3,7 @@
 #pragma once
 #include <chrono>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <set>
 #include <vector>
@@ -449,7 +450,8 @@ auto launch(const char *name, void (*f)(P...), dim3 grid, dim3 block, size_t sha
             DeviceOpen open;
             k->launches++;
             k->shared = std::max(k->shared, shared);
-            run_grid(k, grid, block, shared, [&] { f(args...); });
+            auto run = [&] { f(args...); };
+            run_grid(k, grid, block, shared, [](void *p) { (*(decltype(run) *)p)(); }, &run);
         });
     };
 }
@@ -546,6 +548,7 @@ enum cudaDeviceAttr { EMU_ATTRIBUTES(X) };
 #undef X
 inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr a, int device) {
     cudaDeviceProp p;
+    *value = 0;
     if (cudaError_t e = cudaGetDeviceProperties(&p, device)) return e;
 #define X(name, number, from) if (a == cudaDevAttr##name) return *value = (int)from, cudaSuccess;
     EMU_ATTRIBUTES(X)

@@ -85,7 +85,7 @@ static void flags_parse(int argc, char **argv) {
                 die_usage("%s needs a value", flag_name(i));
             value = argv[++a];
         }
-        if (!*value && strcmp(type, "Str") && strcmp(type, "Opt"))
+        if (!*value && i != FLAG_prompt && strcmp(type, "Opt"))
             die_usage("%s needs a value", flag_name(i));
         flag_set(i, value);
         given[i] = 1;

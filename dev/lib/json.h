@@ -84,7 +84,7 @@ static uint32_t json_escape(JsonParser *p)    // what follows a backslash
         if (low >= 0xDC00 && low < 0xE000)
             code = 0x10000 + ((code - 0xD800) << 10 | (low - 0xDC00));
     }
-    JSON_CHECK(code && (code < 0xD800 || code >= 0xE000), p, "no zero byte, no half of a surrogate");
+    JSON_CHECK(code && (code < 0xD800 || code >= 0xE000), p, "no zero byte, no lone surrogate");
     return code;
 }
 
@@ -271,9 +271,11 @@ static const char *json_string(const Json *object, const char *path, const char 
 
 static int json_bool(const Json *object, const char *path, const char *key, int fallback) {
     const Json *node = json_get(object, key);
-    if (!node || node->kind == JSON_FALSE)
-        return node ? 0 : fallback;
-    return json_expect(node, JSON_TRUE, path, key) != NULL;
+    if (!node)
+        return fallback;
+    CHECK(node->kind == JSON_TRUE || node->kind == JSON_FALSE, "%s: \"%s\" is neither true nor false",
+          path, key);
+    return node->kind == JSON_TRUE;
 }
 
 // Writes a string in quotes; a byte that is not UTF-8 becomes U+FFFD.

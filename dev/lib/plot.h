@@ -151,8 +151,8 @@ static void plot_axes(Plot *p) {
 }
 
 // Joins the means of every `window` points; returns the last one. What is far outside the frame
-// counts as just outside. A column of pixels that many points share gets only the lines that reach
-// beyond what is there already.
+// counts as just outside. Where many points share a column of pixels, lo to hi is drawn there, and
+// only what reaches beyond is added.
 static double plot_curve(Plot *p, const Series *s, size_t window, double width, double dot,
                          int color) {
     double room = (p->hi.y - p->lo.y) / 4, lo = 0, hi = 0, mean = NAN;
@@ -167,9 +167,11 @@ static double plot_curve(Plot *p, const Series *s, size_t window, double width, 
         if (n == 0 || (s->count - 1 - i) % window != 0) continue;
         mean = sum.y / (double)n;
         Point at = {plot_x(p, sum.x / (double)n), plot_y(p, mean)};
-        if (floor(at.x) != floor(last.x)) lo = HUGE_VAL, hi = -HUGE_VAL;
+        int turn = floor(at.x) != floor(last.x);            // to another column of pixels
         if (last.x < 0) last = at;
-        if (at.y < lo || at.y > hi) plot_line(p, last.x, last.y, at.x, at.y, width, color);
+        if (turn) lo = hi = last.y;
+        double from = fmax(lo, fmin(hi, at.y));
+        if (turn || from != at.y) plot_line(p, last.x, from, at.x, at.y, width, color);
         if (dot > 0) plot_line(p, at.x, at.y, at.x, at.y, dot, color);
         lo = fmin(lo, at.y), hi = fmax(hi, at.y), last = at;
         sum.x = sum.y = 0, n = 0;

@@ -154,3 +154,10 @@ static void sync_directory(const char *path) {
 
 static int exists(const char *path) { struct stat st; return stat(path, &st) == 0; }
 
+static int remove_entry(const char *path, const struct stat *st, int kind, struct FTW *at) {
+    (void)st, (void)kind, (void)at;
+    return remove(path);
+}
+
+// A directory with all that is in it; nothing happens when there is none.
+static void remove_tree(const char *path) { nftw(path, remove_entry, 16, FTW_DEPTH | FTW_PHYS); }

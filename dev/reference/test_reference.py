@@ -64,6 +64,7 @@ CASES = [
     Case("rows shorter than the convolution", Config(M=32, V=80), R=5, T=2),
     Case("rows of one token", Config(M=32, V=80), R=5, T=1),
     Case("default chunk, long rows", Config(M=16, L=1, P=8, N=8, V=80), R=1, T=300, flags=[]),
+    Case("full width: M 256, N 128, P 64", Config(M=256, N=128, P=64), T=100, flags=[]),
     Case("one chunk, chunk longer than rows", Config(M=32, V=80), flags=["--chunk-size", 64]),
     Case("recompute", Config(M=32, L=3, F=24, V=80), flags=["--recompute", "--chunk-size", 8]),
 ]
