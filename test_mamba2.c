@@ -52,13 +52,14 @@ static double bits_different(const real *a, const real *b, size_t count) {
 // first order, by k eps/2 of the largest of them. Twice that, for what was rounded before.
 static double rounding(size_t k) { return EPS*(double)k; }
 
-// The largest error of x, as a part of the largest value of ref
-static double error_of(const real *x, const double *ref, size_t count) {
+// The largest error of x, as a part of the largest of `sizes`: of ref itself, or of what was summed
+// up to make it
+static double error_of(const real *x, const double *ref, const double *sizes, size_t count) {
     double most = 0, size = 0;
     for (size_t i = 0; i < count; i++) {
         double e = fabs((double)x[i] - ref[i]);
         if (!(e <= most)) most = e;
-        size = fmax(size, fabs(ref[i]));
+        size = fmax(size, fabs(sizes[i]));
     }
     return most == 0 ? 0 : most/size;
 }
@@ -408,27 +409,36 @@ GRADIENT_TEST(classifier)
 // ================================================================================================
 // Two judges in double, each with its own backward: the recurrence, which is the definition, and the
 // quadratic form, in which the row is one chunk. Both read the inputs of an Op and take its output
-// gradients; states and documents as there.
+// gradients; states and documents as there. With all inputs made positive, sign of A included, they
+// sum up the sizes of all terms, which rounding errors are relative to.
 
-typedef struct { double *y, *final, *xBC, *dt, *A_log, *D, *initial; } Ssd;      // or gradients of them
+typedef struct {
+    double *y, *final, *xBC, *dt, *A_log, *D, *initial;      // inputs: g_y, g_final and the others;
+    double sign;                                             // results: y, final, g_ of the others
+} Ssd;
+enum { SSD_TENSORS = 7 };
 
-static Ssd ssd_inputs(const Op *o) {
-    Ssd s = { doubles_of(o->out[0].g, o->out[0].count), doubles_of(o->out[1].g, o->out[1].count),
-              doubles_of(o->in[0].x, o->in[0].count), doubles_of(o->in[1].x, o->in[1].count),
-              doubles_of(o->in[2].x, o->in[2].count), doubles_of(o->in[3].x, o->in[3].count),
-              doubles_of(o->in[4].x, o->in[4].count) };
-    return s;                           // y and final: their gradients
+static const Arg *ssd_arg(const Op *o, size_t i) { return i < OUT ? &o->out[i] : &o->in[i - OUT]; }
+
+static Ssd ssd_inputs(const Op *o, int sizes) {
+    Ssd s;
+    for (size_t i = 0; i < SSD_TENSORS; i++) {
+        const Arg *a = ssd_arg(o, i);
+        double *x = ((double **)&s)[i] = doubles_of(i < OUT ? a->g : a->x, a->count);
+        for (size_t k = 0; k < a->count && sizes && i != 4; k++) x[k] = fabs(x[k]);     // not A_log
+    }
+    s.sign = sizes ? 1 : -1;
+    return s;
 }
 
 static Ssd ssd_zeros(const Op *o) {
     Ssd s;
-    const size_t sizes[] = { o->out[0].count, o->out[1].count, o->in[0].count, o->in[1].count,
-                             o->in[2].count, o->in[3].count, o->in[4].count };
-    for (size_t i = 0; i < 7; i++) ((double **)&s)[i] = (double *)alloc(sizes[i], sizeof(double));
+    for (size_t i = 0; i < SSD_TENSORS; i++)
+        ((double **)&s)[i] = (double *)alloc(ssd_arg(o, i)->count, sizeof(double));
     return s;
 }
 
-static void ssd_free(Ssd *s) { for (size_t i = 0; i < 7; i++) free(((double **)s)[i]); }
+static void ssd_free(Ssd *s) { for (size_t i = 0; i < SSD_TENSORS; i++) free(((double **)s)[i]); }
 
 static int begins_document(const Dims *d, const int *doc, size_t i) {
     return doc && doc[i] != (i % d->T ? doc[i - 1] : 0);
@@ -440,11 +450,11 @@ static void recurrence(const Op *o, const Ssd *in, Ssd *out, size_t r, size_t h)
     size_t T = d->T, H = d->H, N = d->N, P = d->P, NP = N*P, at = (r*H + h)*NP;
     size_t to_B = d->E + h/(H/d->G)*N, to_C = to_B + d->G*N;
     double *states = (double *)alloc((T + 1)*NP, sizeof(double)), *g = states, *state = states;
-    double A = -exp(in->A_log[h]), D = in->D[h];
+    double A = in->sign*exp(in->A_log[h]), D = in->D[h];
     if (o->ins > 4) memcpy(states, in->initial + at, NP*sizeof(double));
     for (size_t i = r*T; i < (r + 1)*T; i++, state += NP) {
         const double *row = in->xBC + i*d->S, *x = row + h*P, *B = row + to_B, *C = row + to_C;
-        double dt = in->dt[i*H + h], a = begins_document(d, o->doc, i) ? 0 : exp(dt*A);
+        double dt = in->dt[i*H + h], a = begins_document(d, o->doc, i) ? 0 : exp(-dt*fabs(A));
         for (size_t p = 0; p < P; p++) out->y[i*d->E + h*P + p] = D*x[p];
         for (size_t k = 0; k < NP; k++) {
             state[NP + k] = a*state[k] + dt*B[k/P]*x[k%P];
@@ -458,7 +468,7 @@ static void recurrence(const Op *o, const Ssd *in, Ssd *out, size_t r, size_t h)
         const double *row = in->xBC + i*d->S, *x = row + h*P, *B = row + to_B, *C = row + to_C;
         const double *g_y = in->y + i*d->E + h*P, *before = state - NP;
         double *g_row = out->xBC + i*d->S, *g_x = g_row + h*P, *g_B = g_row + to_B, g_a = 0;
-        double dt = in->dt[i*H + h], a = begins_document(d, o->doc, i) ? 0 : exp(dt*A);
+        double dt = in->dt[i*H + h], a = begins_document(d, o->doc, i) ? 0 : exp(-dt*fabs(A));
         for (size_t p = 0; p < P; p++) g_x[p] += D*g_y[p], out->D[h] += g_y[p]*x[p];
         for (size_t k = 0; k < NP; k++) {
             g[k] += C[k/P]*g_y[k%P];
@@ -507,20 +517,24 @@ static void attention(const Op *o, const Ssd *in, Ssd *out, size_t r, size_t h) 
         }
 }
 
-// Relative to the largest element of a tensor. The longest chain of roundings goes through all
-// tokens, then over a state; the gradient of A sums that over all rows.
-static void compare_ssd(const Op *o, const Ssd *ref, const char *form) {
-    const Dims *d = &o->d;
-    const real *ours[] = { o->out[0].x, o->out[1].x, o->in[0].g, o->in[1].g, o->in[2].g, o->in[3].g,
-                           o->in[4].g };
-    const size_t counts[] = { o->out[0].count, o->out[1].count, o->in[0].count, o->in[1].count,
-                              o->in[2].count, o->in[3].count, o->in[4].count };
-    static const char *const names[] = { "y", "final", "g_xBC", "g_dt", "g_A_log", "g_D", "g_initial" };
-    for (size_t i = 0; i < 7; i++)
-        if (counts[i])
-            expect(error_of(ours[i], ((double *const *)ref)[i], counts[i]),
-                   rounding(2*d->T + d->N + d->P), "chunks and %s, %s, variant %d: %s", form, names[i],
-                   o->variant, shape_text(d));
+static Ssd by_form(void (*form)(const Op *, const Ssd *, Ssd *, size_t, size_t), const Op *o, int sizes) {
+    Ssd in = ssd_inputs(o, sizes), out = ssd_zeros(o);
+    for (size_t k = 0; k < o->d.R*o->d.H; k++) form(o, &in, &out, k/o->d.H, k%o->d.H);
+    ssd_free(&in);
+    return out;
+}
+
+// The longest chain of roundings: products of all decays, twice, and sums over a state.
+static double ssd_bound(const Dims *d) { return rounding(2*d->T + d->N + d->P); }
+
+static void compare_ssd(const Op *o, const Ssd *ref, const Ssd *sizes, const char *form) {
+    for (size_t i = 0; i < SSD_TENSORS; i++) {
+        const Arg *a = ssd_arg(o, i);
+        const double *x = ((double *const *)ref)[i], *size = ((double *const *)sizes)[i];
+        if (a->count)
+            expect(error_of(i < OUT ? a->x : a->g, x, size, a->count), ssd_bound(&o->d),
+                   "chunks and %s, %s, variant %d: %s", form, a->name, o->variant, shape_text(&o->d));
+    }
 }
 
 static void run_ssd(Op *o) {
@@ -541,22 +555,20 @@ static void test_ssd_forms(void) {
             for (size_t h = 0; h < d.H && q % 2; h++)        // states that last even longer, or vanish
                 o.in[2].x[h] = (real)(h % 3 == 0 ? -12 : h % 3 == 1 ? 5 : 0);
             run_ssd(&o);
-            Ssd in = ssd_inputs(&o), by_recurrence = ssd_zeros(&o), by_attention = ssd_zeros(&o);
-            for (size_t k = 0; k < d.R*d.H; k++) {
-                recurrence(&o, &in, &by_recurrence, k/d.H, k%d.H);
-                if (!(o.variant & 1)) attention(&o, &in, &by_attention, k/d.H, k%d.H);
+            Ssd ref = by_form(recurrence, &o, 0), sizes = by_form(recurrence, &o, 1);
+            compare_ssd(&o, &ref, &sizes, "recurrence");
+            if (!(o.variant & 1)) {
+                Ssd other = by_form(attention, &o, 0);
+                compare_ssd(&o, &other, &sizes, "attention");
+                ssd_free(&other);
             }
-            compare_ssd(&o, &by_recurrence, "recurrence");
-            if (!(o.variant & 1)) compare_ssd(&o, &by_attention, "attention");
-            real *y = buffer(o.out[0].count), *final = buffer(d.R*d.H*d.N*d.P);
+            real *y = buffer(d.n*d.E), *final = buffer(d.R*d.H*d.N*d.P);
             ssd_recurrence(&d, y, final, o.in[0].x, o.in[1].x, o.in[2].x, o.in[3].x, o.in[4].x, o.doc);
-            expect(error_of(y, by_recurrence.y, o.out[0].count), rounding(2*d.T + d.N + d.P),
-                   "ssd_recurrence, y: %s", shape_text(&d));
-            if (o.outs > 1)
-                expect(error_of(final, by_recurrence.final, o.out[1].count), rounding(2*d.T),
-                       "ssd_recurrence, final: %s", shape_text(&d));
-            free(y), free(final);
-            ssd_free(&in), ssd_free(&by_recurrence), ssd_free(&by_attention), op_close(&o);
+            expect(error_of(y, ref.y, sizes.y, d.n*d.E), ssd_bound(&d), "ssd_recurrence, y: %s",
+                   shape_text(&d));
+            expect(error_of(final, ref.final, sizes.final, o.out[1].count), ssd_bound(&d),
+                   "ssd_recurrence, final: %s", shape_text(&d));
+            free(y), free(final), ssd_free(&ref), ssd_free(&sizes), op_close(&o);
         }
 }
 
@@ -586,21 +598,520 @@ static void test_ssd_split(void) {
             ssd_backward(&d1, g_xBC, g_dt, sums, sums + d.H, g_initial, o.out[0].g, g_middle, w,
                          o.work[1], xBC, dt, A_log, D, o.in[4].x, o.doc);
             finish();
-            const real *whole[] = { o.out[0].x, o.out[1].x, o.in[0].g, o.in[1].g, o.in[4].g, o.in[2].g };
-            const real *parts[] = { y, final, g_xBC, g_dt, g_initial, sums };
-            const size_t counts[] = { nE, NP, nS, nH, NP, d.H };
-            for (size_t k = 0; k < 6; k++) {
-                double *ref = doubles_of(whole[k], counts[k]);
-                int same = cut % d.Q == 0 && k < 5;
-                double error = same ? bits_different(parts[k], whole[k], counts[k])
-                                    : error_of(parts[k], ref, counts[k]);
-                expect(error, same ? 0 : rounding(2*d.T + d.N + d.P), "result %zu, cut at %zu: %s", k,
-                       cut, shape_text(&d));
+            Ssd sizes = by_form(recurrence, &o, 1);
+            const real *parts[] = { y, final, g_xBC, g_dt, sums, sums + d.H, g_initial };
+            for (size_t k = 0; k < SSD_TENSORS; k++) {
+                const Arg *a = ssd_arg(&o, k);
+                const real *whole = k < OUT ? a->x : a->g;
+                double *ref = doubles_of(whole, a->count);
+                int same = cut % d.Q == 0 && k != 4 && k != 5;           // sums over tokens
+                expect(same ? bits_different(parts[k], whole, a->count)
+                            : error_of(parts[k], ref, ((double **)&sizes)[k], a->count),
+                       same ? 0 : ssd_bound(&d), "%s, cut at %zu: %s", a->name, cut, shape_text(&d));
                 free(ref);
             }
             free(y), free(g_xBC), free(g_dt), free(sums), free(middle), free(final), free(g_middle);
-            free(g_initial), free(doc2), op_close(&o);
+            free(g_initial), free(doc2), ssd_free(&sizes), op_close(&o);
         }
+}
+
+// ================================================================================================
+// Numbers: exp, silu, softplus, matrix products
+// ================================================================================================
+
+// Every 1009th float, of both signs, with NaN, infinities, denormals and zeros
+static float nth_float(uint32_t i) {
+    float x;
+    memcpy(&x, &i, 4);
+    return x;
+}
+#define EACH_FLOAT(x) \
+    for (uint64_t bits = 0; bits <= UINT32_MAX; bits += 1009) \
+        for (double x = (double)nth_float((uint32_t)bits), once = 1; once > 0; once = 0)
+
+// The error in units of the last place of ref
+static double ulps(real x, double ref) {
+    int exponent;
+    frexp(ref, &exponent);
+    return fabs((double)x - ref)/ldexp(EPS, exponent - 1);
+}
+
+static void test_elementwise(void) {
+    const real infinite = (real)INFINITY;
+    EACH_FLOAT(x) {
+        double e = exp(-fabs(x)), s = x/(1 + exp(-x)), soft = fmax(x, 0) + log1p(e);
+        real v = (real)x;
+        if (isnan(x)) {
+            EXPECT(isnan(expr(v)) && isnan(silu(v)) && isnan(silu_grad(v)) && isnan(softplus(v)),
+                   "NaN becomes a number");
+            continue;
+        }
+        if (x >= -87 && x <= 88) {      // where the result is a normal float
+            expect(ulps(expr(v), exp(x)), 2, "expr(%g)", x);
+            expect(ulps(silu(v), s), 4, "silu(%g)", x);      // expr, a sum, a quotient
+        } else if (x > 88) {
+            EXPECT((double)expr(v) >= 1e38 && (double)silu(v) == x, "silu or expr(%g)", x);
+        } else if (x > -1e6) {
+            EXPECT((double)expr(v) <= 2e-38 && fabs((double)silu(v)) <= 2e-32, "tail at %g", x);
+        }
+        if (x <= 20 && soft > FLT_MIN) expect(ulps(softplus(v), soft), 2, "softplus(%g)", x);
+        if (x > 20) EXPECT((double)softplus(v) == x, "softplus(%g)", x);
+        if (fabs(x) < 80) {             // relative to the terms that are summed
+            double q = 1/(1 + exp(-x));
+            expect(fabs((double)silu_grad(v) - q*(1 + x*(1 - q)))/(q*(1 + fabs(x)*(1 - q))),
+                   rounding(sizeof(real) == 8 || x < 0 ? 8 : 8 + (size_t)x), "silu_grad(%g)", x);
+        }
+    }
+    EXPECT(expr(0) == 1 && softplus(infinite) == infinite && silu(0) == 0, "special values");
+}
+
+// A matrix stored as it is, or transposed: element (i,k) is at i*row + k*col.
+typedef struct { real *x; size_t row, col; } Matrix;
+
+static Matrix random_matrix(size_t rows, size_t cols, int transposed_) {
+    Matrix m = { random_buffer(rows*cols, -1, 1), transposed_ ? 1 : cols, transposed_ ? rows : 1 };
+    return m;
+}
+
+// The largest error of C = beta before + A B, each as a part of the sum of the sizes of its terms
+static double product_error(const real *C, const real *before, size_t ldc, Matrix A, Matrix B,
+                            size_t M, size_t N, size_t K, double beta) {
+    double most = 0;
+    for (size_t i = 0; i < M; i++)
+        for (size_t j = 0; j < N; j++) {
+            double sum = beta != 0 ? beta*(double)before[i*ldc + j] : 0, size = fabs(sum) + 1e-30;
+            for (size_t k = 0; k < K; k++) {
+                double term = (double)A.x[i*A.row + k*A.col]*(double)B.x[k*B.row + j*B.col];
+                sum += term, size += fabs(term);
+            }
+            double e = fabs((double)C[i*ldc + j] - sum)/size;
+            if (!(e <= most)) most = e;
+        }
+    return most;
+}
+
+// Between the rows of C lie columns that are not its own.
+static double gaps_touched(const real *C, const real *before, size_t ldc, size_t M, size_t N) {
+    double touched = 0;
+    for (size_t i = 0; i < M; i++) touched += bits_different(C + i*ldc + N, before + i*ldc + N, ldc - N);
+    return touched;
+}
+
+static const size_t product_sizes[][3] = {
+    { 1, 1, 1 }, { 3, 5, 7 }, { 4, 65, 33 }, { 5, 33, 65 }, { 17, 50, 129 }, { 8, 48, 64 }, { 2, 9, 0 },
+    { 97, 101, 211 }, { 131, 197, 400 }, { 2051, 5, 3 }, { 5, 1163, 9 }, { 1, 300, 70 }, { 9, 97, 801 },
+};
+
+static void test_matmul(void) {
+    int threads = omp_get_max_threads();
+    for (size_t s = 0; s < sizeof product_sizes/sizeof *product_sizes; s++)
+        for (int kind = 0; kind < 6; kind++) {               // NN NT TN, set or add
+            size_t M = product_sizes[s][0], N = product_sizes[s][1], K = product_sizes[s][2], ldc = N + 3;
+            Matrix A = random_matrix(M, K, kind%3 == 2), B = random_matrix(K, N, kind%3 == 1);
+            real *before = random_buffer(M*ldc, -1, 1), *first = NULL;
+            int add = kind >= 3;
+            for (size_t i = 0; i < M*ldc && !add; i++) before[i] = NAN;      // set: must not matter
+            for (int t = 1; t <= 3; t++) {
+                real *C = copy_of(before, M*ldc);
+                omp_set_num_threads(t);
+                matmul(C, ldc, A.x, A.row, A.col, B.x, B.row, B.col, M, N, K, add), finish();
+                expect(product_error(C, before, ldc, A, B, M, N, K, add), rounding(K + 2),
+                       "%zu x %zu x %zu, kind %d, %d threads", M, N, K, kind, t);
+                expect(gaps_touched(C, before, ldc, M, N), 0, "beyond C, %zu x %zu x %zu", M, N, K);
+                if (first) expect(bits_different(C, first, M*ldc), 0, "%d threads differ from 1", t);
+                if (!first) first = C;
+                else free(C);
+            }
+            if (K) {                    // a NaN in A reaches its whole row of C, and no other
+                size_t row = M/2, wrong = 0;
+                A.x[row*A.row + K/2*A.col] = NAN;
+                for (size_t i = 0; i < M*ldc; i++) before[i] = 1;
+                matmul(before, ldc, A.x, A.row, A.col, B.x, B.row, B.col, M, N, K, add), finish();
+                for (size_t i = 0; i < M*N; i++)
+                    wrong += (i/N == row) != !!isnan((double)before[i/N*ldc + i%N]);
+                expect((double)wrong, 0, "NaN in %zu x %zu x %zu, kind %d", M, N, K, kind);
+            }
+            free(A.x), free(B.x), free(before), free(first);
+        }
+    omp_set_num_threads(threads);
+}
+
+static void test_matmul_small(void) {
+    static const double betas[] = { 0, 1, 0.5 };
+    for (size_t s = 0; s < 600; s++) {
+        size_t M = (size_t)uniform(1, 71), N = (size_t)uniform(1, 71), K = s % 20 ? (size_t)uniform(1, 140) : 0;
+        size_t ldc = N + 2;
+        double beta = betas[s%3];
+        Matrix A = random_matrix(M, K, s/3%2), B = random_matrix(K, N, 0);
+        real *before = random_buffer(M*ldc, -1, 1), *C;
+        for (size_t i = 0; i < M*ldc && beta == 0; i++) before[i] = NAN;
+        C = copy_of(before, M*ldc);
+        matmul_small(C, ldc, A.x, A.row, A.col, B.x, B.row, M, N, K, (real)beta);
+        expect(product_error(C, before, ldc, A, B, M, N, K, beta), rounding(K + 2),
+               "%zu x %zu x %zu, beta %g", M, N, K, beta);
+        expect(gaps_touched(C, before, ldc, M, N), 0, "beyond C, %zu x %zu x %zu", M, N, K);
+        free(A.x), free(B.x), free(before), free(C);
+    }
+}
+
+static real eight_bits(real x) {         // to nearest, ties to even, as rint does
+    int e = x == 0 ? 0 : ilogb((double)x);
+    return (real)ldexp(rint(ldexp((double)x, 7 - e)), e - 7);
+}
+
+// In bf16 both operands are rounded to 8 bits, half a unit of 2^-8 each; the sums are in float.
+static void test_bf16(void) {
+    if (!bf16_available()) return;
+    for (size_t s = 0; s < sizeof product_sizes/sizeof *product_sizes; s++)
+        for (int kind = 0; kind < 6; kind++) {
+            size_t M = product_sizes[s][0], N = product_sizes[s][1], K = product_sizes[s][2];
+            Matrix A = random_matrix(M, K, kind%3 == 2), B = random_matrix(K, N, kind%3 == 1);
+            real *before = random_buffer(M*N, -1, 1), *C = copy_of(before, M*N);
+            matmul_bf16 = 1;
+            matmul(C, N, A.x, A.row, A.col, B.x, B.row, B.col, M, N, K, kind >= 3);
+            matmul_bf16 = 0;
+            expect(product_error(C, before, N, A, B, M, N, K, kind >= 3), 1.0/256 + rounding(K + 2),
+                   "bf16 of %zu x %zu x %zu", M, N, K);
+            for (size_t i = 0; i < M*K; i++) A.x[i] = eight_bits(A.x[i]);
+            for (size_t i = 0; i < K*N; i++) B.x[i] = eight_bits(B.x[i]);
+            expect(product_error(C, before, N, A, B, M, N, K, kind >= 3), rounding(K + 2),
+                   "bf16 of rounded %zu x %zu x %zu", M, N, K);
+            free(A.x), free(B.x), free(before), free(C);
+        }
+}
+
+// ================================================================================================
+// The model
+// ================================================================================================
+
+typedef struct { size_t shape, layers; int tied, mlp, packed, lanes; } Kind;
+static const Kind kinds[] = {
+    { 1, 2, 1, 0, 0, 0 }, { 1, 2, 0, 1, 1, 1 }, { 3, 2, 1, 1, 1, 0 }, { 4, 3, 0, 0, 0, 1 }, { 5, 2, 1, 1, 0, 1 },
+};
+enum { KIND_COUNT = sizeof kinds/sizeof *kinds };
+
+static Dims kind_dims(const Kind *k) {
+    Dims d = dims_of(&shapes[k->shape]);
+    d.L = d.kept = k->layers, d.tied = k->tied, d.F = k->mlp ? d.F : 0;
+    d.lanes = k->lanes ? d.R : 0;
+    return d;
+}
+
+static void open_model(Model *m, const Dims *d, int packed) {
+    memset(m, 0, sizeof *m);
+    model_allocate(m, d, 1);
+    model_init(m, 7);
+    for (size_t k = 0; k < PARAM_COUNT; k++)                 // no weight is 0 or 1, no norm small
+        for (size_t i = 0; i < m->specs[k].count; i++)
+            ((real **)&m->w)[k][i] += (real)uniform(-0.3, 0.3);
+    for (size_t i = 0; i < d->L*d->lanes*d->E*d->N; i++) m->a.carried[i] = (real)uniform(-1, 1);
+    for (size_t i = 0; i < d->L*d->lanes*(d->W - 1)*d->S; i++) m->a.past[i] = (real)uniform(-1, 1);
+    m->ids = random_ids(d->n, d->V), m->targets = random_ids(d->n, d->V);
+    m->doc = packed ? random_doc(d) : NULL;
+    m->scale = (real)(1.0/(double)d->n);
+}
+
+static void close_model(Model *m) {
+    free(m->weights), free(m->grads), free(m->mean), free(m->square), free(m->acts);
+    free((int *)m->ids), free((int *)m->targets), free((int *)m->doc);
+}
+
+static double loss_and_gradient(Model *m) {
+    model_zero_grad(m);
+    return model_loss(m, 1);
+}
+
+static void test_model_gradient(void) {
+    double h = step_size();
+    for (size_t i = 0; i < KIND_COUNT; i++) {
+        Model m;
+        Dims d = kind_dims(&kinds[i]);
+        open_model(&m, &d, kinds[i].packed);
+        double loss = loss_and_gradient(&m);
+        for (size_t k = 0; k < PARAM_COUNT; k++) {
+            size_t count = m.specs[k].count;
+            real *w = ((real **)&m.w)[k], *g = ((real **)&m.g)[k];
+            real *at = copy_of(w, count), *v = random_buffer(count, -1, 1);
+            double slope = 0, dot = 0, square = 0;
+            for (size_t j = 0; j < count; j++) {
+                double term = (double)g[j]*(double)v[j];
+                dot += term, square += term*term;
+            }
+            for (int s = 0; s < 4; s++) {
+                for (size_t j = 0; j < count; j++)
+                    w[j] = (real)((double)at[j] + stencil[s][0]*h*(double)v[j]);
+                slope += stencil[s][1]*model_loss(&m, 0)/h;
+            }
+            memcpy(w, at, count*sizeof(real));
+            if (count)
+                expect(fabs(slope - dot)/(sqrt(square) + loss), difference_bound(),
+                       "%s of model %zu: slope %.9g, gradient %.9g", m.specs[k].name, i, slope, dot);
+            free(at), free(v);
+        }
+        close_model(&m);
+    }
+}
+
+// The same bits with --recompute
+static void test_recompute(void) {
+    for (size_t i = 0; i < KIND_COUNT; i++) {
+        Model m, again;
+        Dims d = kind_dims(&kinds[i]);
+        draws = 0, open_model(&m, &d, kinds[i].packed);
+        d.kept = 1;
+        draws = 0, open_model(&again, &d, kinds[i].packed);
+        EXPECT(loss_and_gradient(&m) == loss_and_gradient(&again), "loss of model %zu", i);
+        expect(bits_different(m.grads, again.grads, m.size), 0, "gradients of model %zu", i);
+        close_model(&m), close_model(&again);
+    }
+}
+
+// Two micro-batches of half the rows add up to the gradient of one batch, but for the order of sums.
+static void test_accumulation(void) {
+    for (size_t i = 0; i < KIND_COUNT; i++) {
+        Model m, half;
+        Dims d = kind_dims(&kinds[i]);
+        d.lanes = d.lanes ? 4 : 0;
+        dims_batch(&d, 4, d.T);
+        draws = 0, open_model(&m, &d, kinds[i].packed);
+        dims_batch(&d, 2, d.T);
+        draws = 0, open_model(&half, &d, 0);
+        memcpy(half.a.past, m.a.past, d.L*d.lanes*(d.W - 1)*d.S*sizeof(real));
+        memcpy(half.a.carried, m.a.carried, d.L*d.lanes*d.E*d.N*sizeof(real));
+        const int *ids = half.ids, *targets = half.targets;
+        double loss = loss_and_gradient(&m), sum = 0;
+        model_zero_grad(&half);
+        half.scale = m.scale;
+        for (size_t k = 0; k < 2; k++) {
+            half.ids = m.ids + k*d.n, half.targets = m.targets + k*d.n;
+            half.doc = m.doc ? m.doc + k*d.n : NULL;
+            half.lane = k*d.R;
+            sum += model_loss(&half, 1)/2;
+            half.add = 1;
+        }
+        expect(fabs(sum - loss)/loss, rounding(d.n), "loss of model %zu", i);
+        for (size_t k = 0; k < PARAM_COUNT; k++) {
+            double *ref = doubles_of(((real **)&m.g)[k], m.specs[k].count);
+            expect(error_of(((real **)&half.g)[k], ref, ref, m.specs[k].count), rounding(4*d.n),
+                   "%s of model %zu", m.specs[k].name, i);
+            free(ref);
+        }
+        expect(bits_different(m.a.carried_new, half.a.carried_new, d.L*d.lanes*d.E*d.N), 0,
+               "states of model %zu", i);
+        half.ids = ids, half.targets = targets, half.doc = NULL;
+        close_model(&m), close_model(&half);
+    }
+}
+
+// ---- structure: what must not depend on what -------------------------------------------------------
+
+static real *logits_of(Model *m) {       // (n,V)
+    m->all_logits = buffer(m->d.n*m->d.V);
+    model_loss(m, 0);
+    return m->all_logits;
+}
+
+static void test_causality(void) {
+    for (size_t i = 0; i < KIND_COUNT; i++) {
+        Model m;
+        Dims d = kind_dims(&kinds[i]);
+        open_model(&m, &d, kinds[i].packed);
+        real *before = logits_of(&m);
+        for (size_t t = 0; t < d.n; t += 1 + t/7) {          // of row t/T
+            int *id = (int *)&m.ids[t], old = *id;
+            *id = (old + 1) % (int)d.V;
+            real *after = logits_of(&m);
+            for (size_t k = 0; k < d.n; k++) {
+                double changed = bits_different(before + k*d.V, after + k*d.V, d.V);
+                int may = k >= t && k/d.T == t/d.T && (!m.doc || m.doc[k] == m.doc[t]);
+                if (!may) expect(changed, 0, "model %zu: token %zu depends on token %zu", i, k, t);
+                if (k == t) EXPECT(changed > 0, "model %zu: token %zu has no effect", i, k);
+            }
+            *id = old;
+            free(after);
+        }
+        free(before), close_model(&m);
+    }
+}
+
+// A row alone has the same bits as among others (from five tokens on: fewer go another way).
+static void test_rows_independent(void) {
+    for (size_t i = 0; i < KIND_COUNT; i++) {
+        Model m, one;
+        Dims d = kind_dims(&kinds[i]);
+        draws = 0, open_model(&m, &d, kinds[i].packed);
+        real *all = logits_of(&m);
+        d.lanes = d.lanes ? 1 : 0;
+        dims_batch(&d, 1, d.T);
+        size_t past = (d.W - 1)*d.S, states = d.E*d.N, R = m.d.R;
+        for (size_t r = 0; r < R; r++) {
+            draws = 0, open_model(&one, &d, 0);
+            memcpy(one.weights, m.weights, m.size*sizeof(real));
+            memcpy((int *)one.ids, m.ids + r*d.T, d.T*sizeof(int));
+            one.doc = m.doc ? m.doc + r*d.T : NULL;
+            for (size_t l = 0; l < d.L && d.lanes; l++) {
+                memcpy(one.a.past + l*past, m.a.past + (l*R + r)*past, past*sizeof(real));
+                memcpy(one.a.carried + l*states, m.a.carried + (l*R + r)*states, states*sizeof(real));
+            }
+            real *alone = logits_of(&one);
+            expect(bits_different(alone, all + r*d.T*d.V, d.T*d.V), 0, "model %zu, row %zu", i, r);
+            one.doc = NULL;
+            free(alone), close_model(&one);
+        }
+        free(all), close_model(&m);
+    }
+}
+
+// Through all layers and the classifier: sums over the channels, the states and the row.
+static double model_bound(const Dims *d) { return rounding(d->L*(d->M + d->E + d->N + 2*d->T)); }
+
+// A row of --carry in two steps, cut anywhere, has the logits of the whole row; so has a packed one.
+static void test_carry(void) {
+    for (size_t i = 0; i < 2*SHAPE_COUNT; i++)
+        for (size_t cut = 1; cut < shapes[i/2].T; cut += 1 + cut/3) {
+            Model m;
+            Dims d = dims_of(&shapes[i/2]);
+            d.L = d.kept = 2, d.lanes = d.R, d.tied = 1, d.F = 0;
+            open_model(&m, &d, (int)i%2);
+            real *whole = logits_of(&m);
+            const int *ids = m.ids, *targets = m.targets, *doc = m.doc;
+            int *part_ids = random_ids(d.n, d.V), *part_doc = doc ? (int *)alloc(d.n, sizeof(int)) : NULL;
+            for (size_t from = 0, size = cut; from < d.T; from += size, size = d.T - cut) {
+                dims_batch(&m.d, d.R, size);
+                m.d.slab = ceil_div(m.d.n, 2);
+                for (size_t k = 0; k < m.d.n; k++) {
+                    size_t at = k/size*d.T + from + k%size, row = k/size*d.T + from;
+                    part_ids[k] = ids[at];
+                    if (doc) part_doc[k] = doc[at] - (from ? doc[row - 1] : 0);
+                }
+                m.ids = part_ids, m.doc = part_doc;
+                real *part = logits_of(&m);
+                for (size_t r = 0; r < d.R; r++) {
+                    double *ref = doubles_of(whole + (r*d.T + from)*d.V, size*d.V);
+                    expect(error_of(part + r*size*d.V, ref, ref, size*d.V), model_bound(&d),
+                           "packed %zu, row %zu from %zu: %s", i%2, r, from, shape_text(&d));
+                    free(ref);
+                }
+                swap_states(&m);
+                free(part);
+            }
+            m.ids = ids, m.targets = targets, m.doc = doc;
+            free(whole), free(part_ids), free(part_doc), close_model(&m);
+        }
+}
+
+// Documents packed into a row have the logits that each has alone.
+static void test_packed(void) {
+    for (size_t i = 0; i < SHAPE_COUNT; i++) {
+        Model m;
+        Dims d = dims_of(&shapes[i]);
+        d.L = d.kept = 2, d.tied = 1, d.F = 0;
+        open_model(&m, &d, 1);
+        real *whole = logits_of(&m);
+        const int *ids = m.ids, *doc = m.doc;
+        for (size_t from = 0, to; from < d.n; from = to) {
+            for (to = from + 1; to < d.n && to % d.T && doc[to] == doc[from]; ) to++;
+            dims_batch(&m.d, 1, to - from);
+            m.d.slab = m.d.n, m.ids = ids + from, m.doc = NULL;
+            m.d.slab = least(m.d.slab, d.slab);
+            real *alone = logits_of(&m);
+            double *ref = doubles_of(whole + from*d.V, (to - from)*d.V);
+            expect(error_of(alone, ref, ref, (to - from)*d.V), model_bound(&d), "tokens %zu to %zu: %s",
+                   from, to, shape_text(&d));
+            free(alone), free(ref);
+        }
+        m.ids = ids, m.doc = doc;
+        free(whole), close_model(&m);
+    }
+}
+
+// Three steps of training on any number of threads: the same bits of all weights
+static void test_threads(void) {
+    int threads = omp_get_max_threads();
+    const int counts[] = { 1, 2, 3, 5 };
+    real *first = NULL;
+    double first_norm = 0, norm = 0;
+    const Kind kind = { 5, 2, 1, 1, 1, 1 };
+    for (int i = 0; i < 4; i++) {
+        Model m;
+        Dims d = kind_dims(&kind);
+        dims_batch(&d, 7, 33);
+        d.lanes = 7;
+        omp_set_num_threads(counts[i]);
+        draws = 0, open_model(&m, &d, 1);
+        for (Int step = 1; step <= 3; step++) {
+            loss_and_gradient(&m);
+            norm = gradient_norm(&m);
+            adamw(&m, 1e-2, fmin(1, 1/norm), step);
+            swap_states(&m);
+        }
+        if (!first) first = copy_of(m.weights, m.size), first_norm = norm;
+        expect(bits_different(first, m.weights, m.size), 0, "weights, %d threads", counts[i]);
+        EXPECT(norm == first_norm, "norm, %d threads", counts[i]);
+        close_model(&m);
+    }
+    omp_set_num_threads(threads);
+    free(first);
+}
+
+// The prompt in pieces through the parallel form, the rest token by token: at each token the logits
+// of one pass over the whole row.
+static void test_generation(void) {
+    for (size_t i = 0; i < 2*SHAPE_COUNT; i++) {
+        Model m, s;
+        Dims d = dims_of(&shapes[i/2]);
+        d.L = d.kept = 2, d.tied = (int)(i%2), d.F *= i%2;
+        dims_batch(&d, 1, d.T);
+        d.slab = d.n;
+        open_model(&m, &d, 0);
+        real *parallel = logits_of(&m);
+        for (size_t prompt = 1; prompt <= d.T; prompt += 1 + prompt/2)
+            for (size_t piece = 1; piece <= prompt; piece += 1 + piece) {
+                sampler_open(&s, &m, piece);
+                const real *logits = sampler_feed(&s, m.ids, prompt);
+                sampler_step_mode(&s);
+                for (size_t t = prompt;; t++) {
+                    double *ref = doubles_of(parallel + (t - 1)*d.V, d.V);
+                    expect(error_of(logits, ref, ref, d.V), model_bound(&d),
+                           "token %zu, prompt of %zu in pieces of %zu: %s", t - 1, prompt, piece,
+                           shape_text(&d));
+                    free(ref);
+                    if (t == d.T || t > prompt + 20) break;
+                    logits = sampler_feed(&s, m.ids + t, 1);
+                }
+                free(s.acts);
+            }
+        free(parallel), close_model(&m);
+    }
+}
+
+static void test_sampling(void) {
+    const real logits[] = { 1, 3, 2, 3, (real)-1, 9 };       // the last is padding
+    enum { DRAWS = 10000 };
+    static const struct { double temperature, top_p; Int top_k; double odds[6]; } cases[] = {
+        { 0,   1,    0, { 0, 1, 0, 0, 0, 0 } },              // of two equal ones the first
+        { 0,   0.1,  3, { 0, 1, 0, 0, 0, 0 } },
+        { 1,   0,    0, { 0, 1, 0, 0, 0, 0 } },              // at least one
+        { 1,   1,    1, { 0, 1, 0, 0, 0, 0 } },
+        { 2,   1,    2, { 0, 1, 0, 1, 0, 0 } },
+        { 1,   1,    3, { 0, 1, 0.36787944117144233, 1, 0, 0 } },
+        { 0.5, 1,    3, { 0, 1, 0.13533528323661270, 1, 0, 0 } },
+        { 1,   0.3,  0, { 0, 1, 0, 0, 0, 0 } },              // 3 has 0.39 of all
+        { 1,   0.5,  0, { 0, 1, 0, 1, 0, 0 } },
+        { 1,   0.95, 0, { 0.13533528323661270, 1, 0.36787944117144233, 1, 0, 0 } },
+        { 1,   1,   99, { 0.13533528323661270, 1, 0.36787944117144233, 1, 0.018315638888734179, 0 } },
+        { 1,   1,    0, { 0.13533528323661270, 1, 0.36787944117144233, 1, 0.018315638888734179, 0 } },
+    };
+    for (size_t i = 0; i < sizeof cases/sizeof *cases; i++) {
+        double counts[6] = { 0 }, sum = 0;
+        for (int k = 0; k < DRAWS; k++)                      // evenly spaced: the counts are exact
+            counts[sample(logits, 5, cases[i].temperature, cases[i].top_k, cases[i].top_p,
+                          (k + 0.5)/DRAWS)]++;
+        for (int k = 0; k < 6; k++) sum += cases[i].odds[k];
+        for (int k = 0; k < 6; k++)
+            expect(fabs(counts[k]/DRAWS - cases[i].odds[k]/sum), cases[i].odds[k] > 0 ? 1.0/DRAWS : 0,
+                   "case %zu: token %d drawn %g times of %d", i, k, counts[k], DRAWS);
+    }
 }
 
 // ================================================================================================
@@ -620,6 +1131,20 @@ static const Test tests[] = {
     { "gradient of classifier", test_classifier_gradient },
     { "ssd: chunks, recurrence, attention", test_ssd_forms },
     { "ssd: a row in two parts", test_ssd_split },
+    { "exp, silu, softplus", test_elementwise },
+    { "matmul", test_matmul },
+    { "matmul_small", test_matmul_small },
+    { "matmul in bf16", test_bf16 },
+    { "gradient of the model", test_model_gradient },
+    { "recompute", test_recompute },
+    { "accumulation", test_accumulation },
+    { "causality", test_causality },
+    { "rows are independent", test_rows_independent },
+    { "carried states", test_carry },
+    { "packed documents", test_packed },
+    { "number of threads", test_threads },
+    { "generation = parallel", test_generation },
+    { "sampling", test_sampling },
 };
 
 int main(int argc, char **argv) {

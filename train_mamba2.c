@@ -142,72 +142,72 @@ typedef const char *Str;
 typedef const char *Opt;                // a string that may be left out
 
 // clang-format off
-#define FLAGS(X) \
-/*  type    name           default    least   most    group       meaning                        */\
-X(Str,    data,          "data/tinyshakespeare.txt.gz", 0, 0, "Data", "training tokens: text or llm.c shards, also gzip'ed; a glob, several by comma")\
-X(Str,    val_data,      "",        0,      0,      "Data",       "validation tokens, likewise")\
-X(Num,    val_frac,      "0.1",     0,      0.9,    "Data",       "without --val-data: the last part of a single text that is held back")\
-X(Str,    tokenizer,     "",        0,      0,      "Data",       "a tokenizer.json; without it a token is a byte")\
-X(Int,    eot,           "",        0,      1e9,    "Data",       "id of end-of-text, which precedes a document")\
-X(Switch, packed,        "",        0,      1,      "Data",       "documents are independent: states start afresh at end-of-text")\
-X(Int,    shuffle,       "1",       0,      1,      "Data",       "1: documents and rows in random order; 0: file order")\
-X(Int,    seed,          "1337",    0,      9e15,   "Data",       "of initialization, order and sampling")\
-X(Str,    model,         "mini",    0,      0,      "Model",      "a preset: PRESETS")\
-X(Str,    init,          "",        0,      0,      "Model",      "start from a model directory, ours or Hugging Face's")\
-X(Int,    d_model,       "",        1,      1e6,    "Model",      "width of the residual stream")\
-X(Int,    n_layer,       "",        1,      1e5,    "Model",      "layers")\
-X(Int,    d_state,       "",        1,      1e5,    "Model",      "N, the size of a head's state beside headdim")\
-X(Int,    headdim,       "",        1,      1e5,    "Model",      "P, channels of a head; divides expand*d_model")\
-X(Int,    expand,        "",        1,      64,     "Model",      "d_inner / d_model")\
-X(Int,    ngroups,       "",        1,      1e5,    "Model",      "groups of heads that share B and C")\
-X(Int,    d_conv,        "",        1,      64,     "Model",      "width of the causal convolution")\
-X(Int,    vocab_size,    "",        1,      2e9,    "Model",      "before padding to a multiple of 16; default: the data's, or the preset's")\
-X(Int,    d_intermediate,"",        0,      1e6,    "Model",      "width of a SwiGLU MLP after each mixer; 0: none")\
-X(Int,    tie,           "",        0,      1,      "Model",      "1: the head's weight is the embedding")\
-X(Str,    dt_limit,      "",        0,      0,      "Model",      "LO,HI: bounds of dt; default 0,inf")\
-X(Int,    chunk_size,    "0",       0,      4096,   "Model",      "tokens of a chunk of SSD; 0: the fastest")\
-X(Int,    steps,         "700",     0,      1e12,   "Training",   "optimizer steps in all")\
-X(Int,    batch,         "8",       1,      1e6,    "Training",   "rows of a micro-batch")\
-X(Int,    seq_len,       "256",     1,      1e8,    "Training",   "tokens of a row")\
-X(Int,    accum,         "1",       1,      1e6,    "Training",   "micro-batches of a step")\
-X(Switch, carry,         "",        0,      1,      "Training",   "rows go on where the last step's stopped, with its states")\
-X(Switch, recompute,     "",        0,      1,      "Training",   "keep one layer's activations and compute them again")\
-X(Str,    dtype,         "",        0,      0,      "Training",   "of matrix products: f32 (a CPU's default) or bf16 (a GPU's)")\
-X(Int,    threads,       "",        1,      4096,   "Training",   "default: OMP_NUM_THREADS, else all cores")\
-X(Num,    lr,            "4e-3",    0,      1e3,    "Optimizer",  "peak learning rate")\
-X(Num,    min_lr,        "",        0,      1e3,    "Optimizer",  "last learning rate; default lr/10")\
-X(Int,    warmup,        "50",      0,      1e12,   "Optimizer",  "steps of linear warmup")\
-X(Str,    schedule,      "cosine",  0,      0,      "Optimizer",  "constant, linear, cosine or wsd")\
-X(Num,    decay_frac,    "0.2",     0,      1,      "Optimizer",  "wsd: the part of the steps that decays")\
-X(Num,    weight_decay,  "0.1",     0,      1e3,    "Optimizer",  "of matrices and the embedding")\
-X(Num,    beta1,         "0.9",     0,      0.99999999, "Optimizer", "AdamW: decay of the mean")\
-X(Num,    beta2,         "0.95",    0,      0.99999999, "Optimizer", "AdamW: decay of the mean square")\
-X(Num,    eps,           "1e-8",    0,      1,      "Optimizer",  "AdamW: added to the root")\
-X(Num,    clip,          "1",       0,      1e30,   "Optimizer",  "largest norm of the gradient; 0: none")\
-X(Num,    skip_loss,     "0",       0,      1e6,    "Optimizer",  "skip a step whose loss is this many deviations above its mean; 0: off")\
-X(Num,    skip_norm,     "0",       0,      1e6,    "Optimizer",  "likewise for the gradient's norm")\
-X(Str,    out,           "out",     0,      0,      "Output",     "directory of checkpoints, log.jsonl and loss.png")\
-X(Switch, resume,        "",        0,      1,      "Output",     "go on from the newest good checkpoint in --out")\
-X(Int,    save_every,    "250",     0,      1e12,   "Output",     "steps between checkpoints; one at the end; 0: none")\
-X(Int,    keep,          "2",       0,      1e9,    "Output",     "newest checkpoints that stay, beside the best; 0: all")\
-X(Int,    eval_every,    "100",     0,      1e12,   "Output",     "steps between validations; one at the end; 0: none")\
-X(Int,    eval_batches,  "0",       0,      1e12,   "Output",     "micro-batches of a validation; 0: all")\
-X(Int,    sample_every,  "350",     0,      1e12,   "Output",     "steps between samples of text; 0: none")\
-X(Int,    log_every,     "10",      1,      1e12,   "Output",     "steps between progress lines")\
-X(Int,    plot,          "1",       0,      1,      "Output",     "1: draw OUT/loss.png at every validation")\
-X(Int,    generate,      "",        0,      1e12,   "Generating", "print this many tokens after --prompt and stop")\
-X(Str,    prompt,        "",        0,      0,      "Generating", "text to go on from; - reads standard input")\
-X(Num,    temperature,   "0.8",     0,      1e3,    "Generating", "0: always the most likely token")\
-X(Int,    top_k,         "0",       0,      1e9,    "Generating", "sample from the k most likely tokens; 0: all")\
-X(Num,    top_p,         "1",       0,      1,      "Generating", "sample from the fewest tokens of this probability")\
-X(Str,    eval,          "",        0,      0,      "Inspecting", "score a file of tokens, text or tasks, and stop")\
-X(Str,    dump,          "",        0,      0,      "Inspecting", "write all tensors of the first micro-batch and stop")\
-X(Opt,    compare,       "",        0,      0,      "Inspecting", "REF[,BASE]: compare them with dumps and stop")\
-X(Int,    profile,       "0",       0,      1e9,    "Inspecting", "time the parts of this many steps and stop")\
-X(Switch, dry_run,       "",        0,      1,      "Inspecting", "print shape, memory and data, and stop")\
-X(Int,    device,        "0",       0,      1024,   "Inspecting", "GPU number (the CPU program has none)")\
-X(Switch, help,          "",        0,      1,      "Inspecting", "this text")\
-X(Switch, version,       "",        0,      1,      "Inspecting", "version and build")
+#define FLAGS(X)                                                                                 \
+/*type   name            default  least most   group    meaning                                */ \
+X(Str,    data, "data/tinyshakespeare.txt.gz", 0, 0, Data, "text or llm.c shards, also gzipped")  \
+X(Str,    val_data,       "",       0, 0,      Data,    "validation tokens, likewise")            \
+X(Num,    val_frac,       "0.1",    0, 0.9,    Data,    "held back of one text without --val-data")\
+X(Str,    tokenizer,      "",       0, 0,      Data,    "a tokenizer.json; without it: bytes")    \
+X(Int,    eot,            "",       0, 1e9,    Data,    "id of end-of-text, before a document")   \
+X(Switch, packed,         "",       0, 1,      Data,    "states start afresh at end-of-text")     \
+X(Int,    shuffle,        "1",      0, 1,      Data,    "0: file order")                          \
+X(Int,    seed,           "1337",   0, 9e15,   Data,    "of initialization, order and sampling")  \
+X(Str,    model,          "mini",   0, 0,      Model,   "a preset: PRESETS")                      \
+X(Str,    init,           "",       0, 0,      Model,   "start from a model directory")           \
+X(Int,    d_model,        "",       1, 1e6,    Model,   "width of the residual stream")           \
+X(Int,    n_layer,        "",       1, 1e5,    Model,   "layers")                                 \
+X(Int,    d_state,        "",       1, 1e5,    Model,   "N, the size of a state beside headdim")  \
+X(Int,    headdim,        "",       1, 1e5,    Model,   "P, channels of a head")                  \
+X(Int,    expand,         "",       1, 64,     Model,   "d_inner / d_model")                      \
+X(Int,    ngroups,        "",       1, 1e5,    Model,   "groups of heads that share B and C")     \
+X(Int,    d_conv,         "",       1, 64,     Model,   "width of the causal convolution")        \
+X(Int,    vocab_size,     "",       1, 2e9,    Model,   "before padding; default: the data's")    \
+X(Int,    d_intermediate, "",       0, 1e6,    Model,   "of a SwiGLU MLP in each layer; 0: none") \
+X(Int,    tie,            "",       0, 1,      Model,   "1: the head's weight is the embedding")  \
+X(Str,    dt_limit,       "",       0, 0,      Model,   "LO,HI: bounds of dt; default 0,inf")     \
+X(Int,    chunk_size,     "0",      0, 4096,   Model,   "tokens of a chunk of SSD; 0: the fastest")\
+X(Int,    steps,          "700",    0, 1e12,   Train,   "optimizer steps in all")                 \
+X(Int,    batch,          "8",      1, 1e6,    Train,   "rows of a micro-batch")                  \
+X(Int,    seq_len,        "256",    1, 1e8,    Train,   "tokens of a row")                        \
+X(Int,    accum,          "1",      1, 1e6,    Train,   "micro-batches of a step")                \
+X(Switch, carry,          "",       0, 1,      Train,   "rows go on where they stopped")          \
+X(Switch, recompute,      "",       0, 1,      Train,   "keep activations of one layer only")     \
+X(Str,    dtype,          "",       0, 0,      Train,   "of products: f32 (CPU) or bf16 (GPU)")   \
+X(Int,    threads,        "",       1, 4096,   Train,   "default: OMP_NUM_THREADS, or all cores") \
+X(Num,    lr,             "4e-3",   0, 1e3,    AdamW,   "peak learning rate")                     \
+X(Num,    min_lr,         "",       0, 1e3,    AdamW,   "last learning rate; default lr/10")      \
+X(Int,    warmup,         "50",     0, 1e12,   AdamW,   "steps of linear warmup")                 \
+X(Str,    schedule,       "cosine", 0, 0,      AdamW,   "constant, linear, cosine or wsd")        \
+X(Num,    decay_frac,     "0.2",    0, 1,      AdamW,   "wsd: the part of the steps that decays") \
+X(Num,    weight_decay,   "0.1",    0, 1e3,    AdamW,   "of matrices and the embedding")          \
+X(Num,    beta1,          "0.9",    0, 0.9999, AdamW,   "decay of the mean")                      \
+X(Num,    beta2,          "0.95",   0, 0.9999, AdamW,   "decay of the mean square")               \
+X(Num,    eps,            "1e-8",   0, 1,      AdamW,   "added to the root")                      \
+X(Num,    clip,           "1",      0, 1e30,   AdamW,   "largest gradient norm; 0: none")         \
+X(Num,    skip_loss,      "0",      0, 1e6,    AdamW,   "skip steps so many deviations up; 0: off")\
+X(Num,    skip_norm,      "0",      0, 1e6,    AdamW,   "likewise by the gradient's norm")        \
+X(Str,    out,            "out",    0, 0,      Output,  "directory of checkpoints, log and plot") \
+X(Switch, resume,         "",       0, 1,      Output,  "go on from the newest good checkpoint")  \
+X(Int,    save_every,     "100",    0, 1e12,   Output,  "steps between checkpoints; 0: none")     \
+X(Int,    keep,           "2",      0, 1e9,    Output,  "newest checkpoints that stay; 0: all")   \
+X(Int,    eval_every,     "100",    0, 1e12,   Output,  "steps between validations; 0: none")     \
+X(Int,    eval_batches,   "0",      0, 1e12,   Output,  "micro-batches of a validation; 0: all")  \
+X(Int,    sample_every,   "350",    0, 1e12,   Output,  "steps between samples of text; 0: none") \
+X(Int,    log_every,      "10",     1, 1e12,   Output,  "steps between progress lines")           \
+X(Int,    plot,           "1",      0, 1,      Output,  "1: OUT/loss.png at every validation")    \
+X(Int,    generate,       "",       0, 1e12,   Text,    "print N tokens after --prompt, stop")    \
+X(Str,    prompt,         "",       0, 0,      Text,    "text to go on from; - reads stdin")      \
+X(Num,    temperature,    "0.8",    0, 1e3,    Text,    "0: always the most likely token")        \
+X(Int,    top_k,          "0",      0, 1e9,    Text,    "from the k most likely tokens; 0: all")  \
+X(Num,    top_p,          "1",      0, 1,      Text,    "from the fewest tokens of probability P")\
+X(Str,    eval,           "",       0, 0,      Inspect, "score a text, a shard or tasks, stop")   \
+X(Str,    dump,           "",       0, 0,      Inspect, "write all tensors of a micro-batch, stop")\
+X(Opt,    compare,        "",       0, 0,      Inspect, "REF[,BASE]: compare with dumps, stop")   \
+X(Int,    profile,        "0",      0, 1e9,    Inspect, "time the parts of N steps, stop")        \
+X(Switch, dry_run,        "",       0, 1,      Inspect, "print shape, memory and data, stop")     \
+X(Int,    device,         "0",      0, 1024,   Inspect, "number of the GPU")                      \
+X(Switch, help,           "",       0, 1,      Inspect, "this text")                              \
+X(Switch, version,        "",       0, 1,      Inspect, "version and build")
 // clang-format on
 
 #define X(type, name, ...) type name;
@@ -224,14 +224,14 @@ typedef struct {
     size_t offset;                      // of its field in Flags
 } FlagSpec;
 #define X(type, name, text, least, most, group, help) \
-    { #type, #name, text, least, most, group, help, offsetof(Flags, name) },
+    { #type, #name, text, least, most, #group, help, offsetof(Flags, name) },
 static const FlagSpec flag_specs[] = { FLAGS(X) };
 #undef X
 
 static Flags flags;
 static int given[FLAG_COUNT];
 
-// ---- presets: the official models, and small ones for a CPU ---------------------------------------
+// ---- presets: the official models, and small ones for a CPU -------------------------------------
 typedef struct { const char *name; Int d_model, n_layer, d_state, headdim, vocab_size; } Preset;
 static const Preset presets[] = {       // vocab_size 0: the data's
     { "nano",          64,  2,  32, 16, 0 },
@@ -457,7 +457,7 @@ static inline real sigmoid(real x) { return 1/(1 + expr(-x)); }
 static inline real silu(real x) { return x/(1 + expr(-x)); }
 static inline real silu_grad(real x) { real s = sigmoid(x); return s*(1 + x*(1 - s)); }
 
-// ---- embedding: resid = embedding[ids] ------------------------------------------------------------
+// ---- embedding: resid = embedding[ids] ----------------------------------------------------------
 // resid (n,M)  ids (n)  embedding (V,M)
 static void embed_forward(const Dims *d, real *resid, const int *ids, const real *embedding) {
     size_t M = d->M;
@@ -479,7 +479,7 @@ static void embed_backward(const Dims *d, real *g_embedding, const real *g_resid
     }
 }
 
-// ---- RMSNorm: u = r/rms(r) * w, rms(r) = sqrt(mean(r^2) + eps) --------------------------------------
+// ---- RMSNorm: u = r/rms(r) * w, rms(r) = sqrt(mean(r^2) + eps) ----------------------------------
 // u, resid (n,M)  rstd (n) = 1/rms  w (M)
 static void rmsnorm_forward(const Dims *d, real *u, real *rstd, const real *resid, const real *w) {
     size_t M = d->M;
@@ -518,7 +518,7 @@ static void rmsnorm_backward(const Dims *d, real *g_resid, real *g_w, const real
     free(parts);
 }
 
-// ---- linear: out = in weight^T ----------------------------------------------------------------------
+// ---- linear: out = in weight^T ------------------------------------------------------------------
 // out (n,O)  in (n,I)  weight (O,I)   add: out += instead of out =
 static void linear_forward(real *out, const real *in, const real *weight, size_t n, size_t I,
                            size_t O, int add) {
@@ -532,7 +532,7 @@ static void linear_backward(real *g_in, real *g_weight, const real *g_out, const
     matmul(g_weight, I, g_out, 1, O, in, I, 1, O, I, n, add);
 }
 
-// ---- causal convolution of each channel, then SiLU ----------------------------------------------------
+// ---- causal convolution of each channel, then SiLU ----------------------------------------------
 // xBC[t] = silu(b + sum over k < W of w[k]*in[t - (W-1) + k]), in = columns E..E+S of zxBCdt.
 // xBC (n,S)  zxBCdt (n,Z)  w (S,W)  b (S)  past (R,W-1,S): the inputs before the row, or NULL: 0.
 // Inputs of another document (doc (n), or NULL) count as 0; past belongs to document 0.
@@ -622,7 +622,8 @@ static void conv1d_backward(const Dims *d, real *g_zxBCdt, real *g_w, real *g_b,
     for (size_t i = 0; i < d->n; i++) {
         real *g_in = g_zxBCdt + i*d->Z + d->E;
         memset(g_in, 0, S*sizeof(real));
-        for (size_t back = 0; back < W && i%T + back < T; back++) {     // token i is a tap of i+back
+        for (size_t back = 0; back < W && i%T + back < T;
+             back++) {     // token i is a tap of i+back
             if (doc && doc[i] != doc[i + back]) break;
             const real *g = g_xBC + (i + back)*S, *wk = wt + (W - 1 - back)*S;
             SIMD for (size_t c = 0; c < S; c++) g_in[c] += wk[c]*g[c];
@@ -636,7 +637,7 @@ static void conv1d_backward(const Dims *d, real *g_zxBCdt, real *g_w, real *g_b,
     free(wt), free(parts), free(sums);
 }
 
-// ---- step size: dt = clamp(softplus(raw + dt_bias), dt_limit) -------------------------------------------
+// ---- step size: dt = clamp(softplus(raw + dt_bias), dt_limit) -----------------------------------
 // dt (n,H)  raw = the last H columns of zxBCdt (n,Z)  dt_bias (H)
 static real softplus(real x) { return x > 20 ? x : (real)log1p(exp((double)x)); }
 
@@ -661,8 +662,8 @@ static void dt_backward(const Dims *d, real *g_zxBCdt, real *g_dt_bias, const re
         for (size_t i = b*ROWS; i < d->n && i < (b + 1)*ROWS; i++)
             for (size_t h = 0; h < H; h++) {
                 real raw = zxBCdt[(i + 1)*d->Z - H + h] + dt_bias[h], v = softplus(raw);
-                real slope = v < lo || v > hi ? 0 : raw > 20 ? 1 : (real)(1/(1 + exp(-(double)raw)));
-                real g = g_dt[i*H + h]*slope;
+                real slope = raw > 20 ? 1 : (real)(1/(1 + exp(-(double)raw)));
+                real g = v < lo || v > hi ? 0 : g_dt[i*H + h]*slope;
                 g_zxBCdt[(i + 1)*d->Z - H + h] = g;
                 parts[b*H + h] += g;
             }
@@ -670,7 +671,7 @@ static void dt_backward(const Dims *d, real *g_zxBCdt, real *g_dt_bias, const re
     free(parts);
 }
 
-// ---- SSD, the state space model ------------------------------------------------------------------------
+// ---- SSD, the state space model -----------------------------------------------------------------
 // For each head, with a_t = exp(dt_t A), A = -exp(A_log), and its group's B and C (section 2):
 //
 //     state_t = a_t state_{t-1} + B_t (dt_t x_t)^T        y_t = C_t state_t + D x_t
@@ -810,7 +811,8 @@ static void ssd_states(const Dims *d, real *states, real *final, const real *xBC
     size_t H = d->H, P = d->P, N = d->N, Q = d->Q, S = d->S, NP = N*P;
     _Pragma("omp parallel")
     {
-        real *a = alloc_reals(4*Q + Q*P), *in = a + Q, *out = in + Q, *dt_h = out + Q, *u = dt_h + Q;
+        real *a = alloc_reals(4*Q + Q*P), *in = a + Q, *out = in + Q, *dt_h = out + Q,
+        *u = dt_h + Q;
         _Pragma("omp for schedule(static) collapse(2)")
         for (size_t r = 0; r < d->R; r++)
             for (size_t h = 0; h < H; h++) {
@@ -878,7 +880,8 @@ static void ssd_states_backward(const Dims *d, real *g_states, real *g_initial, 
     size_t E = d->E, H = d->H, P = d->P, N = d->N, Q = d->Q, S = d->S, NP = N*P;
     _Pragma("omp parallel")
     {
-        real *a = alloc_reals(4*Q + Q*P), *in = a + Q, *out = in + Q, *dt_h = out + Q, *u = dt_h + Q;
+        real *a = alloc_reals(4*Q + Q*P), *in = a + Q, *out = in + Q, *dt_h = out + Q,
+        *u = dt_h + Q;
         _Pragma("omp for schedule(static) collapse(2)")
         for (size_t r = 0; r < d->R; r++)
             for (size_t h = 0; h < H; h++) {
@@ -1052,7 +1055,7 @@ static void ssd_backward(const Dims *d, real *g_xBC, real *g_dt, real *g_A_log, 
     free(g_a);
 }
 
-// ---- gated RMSNorm: o = rmsnorm(y silu(z)) w, over each of the G groups of E/G channels --------------------
+// ---- gated RMSNorm: o = rmsnorm(y silu(z)) w, over each of the G groups of E/G channels ---------
 // o, y (n,E)  rstd (n,G)  z = the first E columns of zxBCdt (n,Z)  w (E)
 static void gated_rmsnorm_forward(const Dims *d, real *o, real *rstd, const real *y,
                                   const real *zxBCdt, const real *w) {
@@ -1108,7 +1111,7 @@ static void gated_rmsnorm_backward(const Dims *d, real *g_y, real *g_zxBCdt, rea
     free(parts);
 }
 
-// ---- SwiGLU of the MLP: h = a silu(b) --------------------------------------------------------------------
+// ---- SwiGLU of the MLP: h = a silu(b) -----------------------------------------------------------
 // h (n,F)  ab (n,2F): a | b
 static void swiglu_forward(const Dims *d, real *h, const real *ab) {
     size_t F = d->F;
@@ -1130,7 +1133,7 @@ static void swiglu_backward(const Dims *d, real *g_ab, const real *g_h, const re
     }
 }
 
-// ---- classifier: loss = log(sum of exp(logits)) - logits[target], logits = hidden weight^T -------------------
+// ---- classifier: loss = log(sum of exp(logits)) - logits[target], logits = hidden weight^T ------
 // One row of logits (V) becomes its gradient (softmax - 1[target])*scale; returns the loss.
 static real cross_entropy(real *logits, size_t V, int target, real scale) {
     real top = logits[0], sum = 0;
@@ -1308,13 +1311,15 @@ static void layer_backward(Model *m, size_t l) {
     }
     linear_backward(a.g_o, g.out_proj, a.g_resid, a.o, w.out_proj, n, E, M, m->add);
     lap("out_proj");
-    gated_rmsnorm_backward(d, a.g_y, a.g_zxBCdt, g.norm_g, a.g_o, a.y, a.zxBCdt, a.rstd_g, w.norm_g);
+    gated_rmsnorm_backward(d, a.g_y, a.g_zxBCdt, g.norm_g, a.g_o, a.y, a.zxBCdt, a.rstd_g,
+                           w.norm_g);
     lap("norm_g");
     ssd_backward(d, a.g_xBC, a.g_dt, g.A_log, g.D, NULL, a.g_y, NULL, a.states, a.g_states, a.xBC,
                  a.dt, w.A_log, w.D, a.carried, m->doc);                            lap("ssd");
     dt_backward(d, a.g_zxBCdt, g.dt_bias, a.g_dt, a.zxBCdt, w.dt_bias);             lap("dt");
     if (m->watch) m->watch(m->watcher, l, 1);                // conv1d_backward overwrites g_xBC
-    conv1d_backward(d, a.g_zxBCdt, g.conv_w, g.conv_b, a.g_xBC, a.zxBCdt, w.conv_w, w.conv_b, a.past,
+    conv1d_backward(d, a.g_zxBCdt, g.conv_w, g.conv_b, a.g_xBC, a.zxBCdt, w.conv_w, w.conv_b,
+                    a.past,
                     m->doc);                                                        lap("conv1d");
     linear_backward(a.g_u, g.in_proj, a.g_zxBCdt, a.u, w.in_proj, n, M, Z, m->add); lap("in_proj");
     rmsnorm_backward(d, a.g_resid, g.norm, a.g_u, a.resid, a.rstd, w.norm);         lap("norm");
@@ -1338,8 +1343,10 @@ static double model_loss(Model *m, int backward) {
     real *g_head = d->tied ? m->g.embedding : m->g.lm_head;
     double sum = 0;
     model_hidden(m);
-    classifier(d, a.losses, backward ? a.g_u : NULL, g_head, a.logits, m->all_logits, a.hidden, head,
-               m->targets, m->scale, m->add);                                       lap("classifier");
+    classifier(d, a.losses, backward ? a.g_u : NULL, g_head, a.logits, m->all_logits, a.hidden,
+               head,
+               m->targets, m->scale, m->add);
+                                                     lap("classifier");
     for (size_t i = 0; i < d->n; i++) sum += (double)a.losses[i];
     if (backward) {
         if (m->watch) m->watch(m->watcher, d->L, 1);
@@ -1390,7 +1397,8 @@ static double gradient_norm(Model *m) {
 //   w -= lr*decay*w,            w -= lr * m/(1-beta1^t) / (sqrt(v/(1-beta2^t)) + eps)
 static void adamw(Model *m, double lr, double grad_scale, Int t) {
     double fix1 = 1 - pow(flags.beta1, (double)t), fix2 = 1 - pow(flags.beta2, (double)t);
-    real b1 = (real)flags.beta1, b2 = (real)flags.beta2, gs = (real)grad_scale, eps = (real)flags.eps;
+    real b1 = (real)flags.beta1, b2 = (real)flags.beta2, gs = (real)grad_scale,
+    eps = (real)flags.eps;
     real c1 = (real)(1 - flags.beta1), c2 = (real)(1 - flags.beta2);
     real step = (real)(lr/fix1), root = (real)(1/sqrt(fix2));
     for (size_t k = 0; k < PARAM_COUNT; k++) {
@@ -1478,7 +1486,8 @@ static char **match_files(const char *patterns, size_t *count, const char *flag)
         size_t matches = 1;
         glob_t g;
         if (!exists(pattern)) {
-            CHECK(!glob(pattern, 0, NULL, &g), "%s: no file matches '%s'; give text, or shards in the "
+            CHECK(!glob(pattern, 0, NULL, &g), "%s: no file matches '%s'; give text, or shards in "
+                  "the "
                   "format of llm.c", flag, pattern);
             found = g.gl_pathv, matches = g.gl_pathc;
         }
@@ -1511,12 +1520,14 @@ static int shard_header(const char *path, size_t *tokens) {
     int version = header[0] == 20240520 && header[1] == 1 ? 1
                 : header[0] == 20240801 && header[1] == 7 ? 7 : 0;
     CHECK(got == sizeof header && version, "%s: no header of an llm.c shard (expected the numbers "
-          "20240520 and 1, or 20240801 and 7; found %d and %d); a headerless file of nanoGPT must be "
+          "20240520 and 1, or 20240801 and 7; found %d and %d); a headerless file of nanoGPT must "
+          "be "
           "converted: dev/data/README.md", path, header[0], header[1]);
     CHECK(header[2] >= 0, "%s: its header says %d tokens", path, header[2]);
     *tokens = (size_t)header[2];
     size_t expected = sizeof header + *tokens*(version == 7 ? 4 : 2);
-    CHECK(packed || (size_t)st.st_size == expected, "%s: %zu bytes, expected %zu for the %zu tokens of "
+    CHECK(packed || (size_t)st.st_size == expected, "%s: %zu bytes, expected %zu for the %zu "
+          "tokens of "
           "its header", path, (size_t)st.st_size, expected, *tokens);
     return version;
 }
@@ -1565,7 +1576,8 @@ static void loader_open(Loader *d, const char *patterns, const char *flag,
     size_t shards = 0;
     char **paths = match_files(patterns, &d->files, flag);
     for (size_t i = 0; i < d->files; i++) shards += (size_t)is_shard_name(paths[i]);
-    CHECK(!shards || shards == d->files, "%s: some of the files are shards (.bin), others, as %s, are "
+    CHECK(!shards || shards == d->files, "%s: some of the files are shards (.bin), others, as %s, "
+          "are "
           "text; give one kind", flag, paths[is_shard_name(paths[0]) ? d->files - 1 : 0]);
     d->shards = (Shard *)alloc(d->files, sizeof(Shard));
     d->count = shards ? d->files : 1;
@@ -1627,17 +1639,20 @@ static int loader_start(Loader *d, size_t vocab, size_t R, size_t T, int require
     d->targets = (int *)alloc(n, sizeof(int));
     if (d->packed) d->doc = (int *)alloc(n, sizeof(int));
     for (size_t i = 0; d->text && i < d->files; i++) {
-        size_t begin = d->shards[i].first, end = i + 1 < d->files ? d->shards[i + 1].first : d->text_size;
+        size_t begin = d->shards[i].first,
+        end = i + 1 < d->files ? d->shards[i + 1].first : d->text_size;
         check_tokens(d, d->shards[i].path, d->text + begin, end - begin);
     }
     for (size_t i = 0; i < d->count; i++) {
         size_t k = loader_batches(d, d->shards[i].tokens);
         if (!k && (d->count > 1 || !required))
-            fprintf(stderr, "warning: %s is not used: its %zu tokens do not make a micro-batch of %zu "
+            fprintf(stderr, "warning: %s is not used: its %zu tokens do not make a micro-batch of "
+                    "%zu "
                     "rows of %zu\n", d->shards[i].path, d->shards[i].tokens, R, T);
         batches += k;
     }
-    CHECK(batches || !required, "%s: %zu tokens, expected at least %zu for a micro-batch of %zu rows of "
+    CHECK(batches || !required, "%s: %zu tokens, expected at least %zu for a micro-batch of %zu "
+          "rows of "
           "%zu tokens; give more data, or a smaller --batch or --seq-len", d->shards[0].path,
           d->shards[0].tokens, n*(d->carry ? d->accum : 1) + 1, R, T);
     return batches > 0;
@@ -1734,7 +1749,8 @@ static size_t target_bytes(const Loader *d) {
     size_t bytes = 0, size;
     if (!d->tokenizer) return 0;
     for (size_t i = 0; i < d->R*d->T; i++)
-        if (d->targets[i] != d->eot) tokenizer_piece(d->tokenizer, d->targets[i], &size), bytes += size;
+        if (d->targets[i] != d->eot) tokenizer_piece(d->tokenizer, d->targets[i], &size),
+        bytes += size;
     return bytes;
 }
 
@@ -1777,9 +1793,11 @@ static void read_config(const char *dir, Dims *d) {
           "supported", path, act);
     CHECK(!json_bool(c, path, "use_bias", 0), "%s: use_bias is true; linear layers with a bias are "
           "not supported", path);
-    CHECK(json_bool(c, path, "use_conv_bias", 1), "%s: use_conv_bias is false; a convolution without "
+    CHECK(json_bool(c, path, "use_conv_bias", 1), "%s: use_conv_bias is false; a convolution "
+          "without "
           "a bias is not supported", path);
-    CHECK(json_bool(c, path, "rms_norm", 1), "%s: rms_norm is false; only RMSNorm is supported", path);
+    CHECK(json_bool(c, path, "rms_norm", 1), "%s: rms_norm is false; only RMSNorm is supported",
+          path);
     memset(d, 0, sizeof *d);
     struct { const char *key; size_t *size, fallback; } keys[] = {
         { "hidden_size", &d->M, 4096 }, { "num_hidden_layers", &d->L, 64 },
@@ -1867,7 +1885,8 @@ static void read_weights(const char *dir, Model *m) {
     } else {
         Bytes b = read_file(index);
         Json *json = json_parse(index, b.data, b.size);
-        const Json *map = json_expect(json_get(json, "weight_map"), JSON_OBJECT, index, "weight_map");
+        const Json *map = json_expect(json_get(json, "weight_map"), JSON_OBJECT, index,
+                                      "weight_map");
         const char **done = (const char **)alloc(map->span, sizeof(char *));
         size_t count = 0;
         JSON_EACH(key, map) {
@@ -1885,7 +1904,7 @@ static void read_weights(const char *dir, Model *m) {
     free(want.list), free(index);
 }
 
-// ---- the trainer's state --------------------------------------------------------------------------
+// ---- the trainer's state ------------------------------------------------------------------------
 typedef struct {
     Int step, adam_t, tokens;           // steps done, updates applied, tokens seen
     double best;                        // lowest validation loss
@@ -1896,7 +1915,8 @@ static const char *flag_text(size_t i) {                     // its value, as it
     const FlagSpec *s = &flag_specs[i];
     const char *field = (const char *)&flags + s->offset;
     if (s->type[0] == 'N') return str("%.17g", *(const double *)field);
-    if (s->type[0] == 'I' || !strcmp(s->type, "Switch")) return str("%" PRId64, *(const Int *)field);
+    if (s->type[0] == 'I' || !strcmp(s->type, "Switch")) return str("%" PRId64,
+                                                                    *(const Int *)field);
     return *(const Str *)field ? *(const Str *)field : "";
 }
 
@@ -1937,7 +1957,7 @@ static void read_recent(Recent *r, const Json *state, const char *path, const ch
     JSON_EACH(v, values) if (i < WINDOW) r->values[i++] = json_double(v, path, name);
 }
 
-// ---- writing ----------------------------------------------------------------------------------------
+// ---- writing ------------------------------------------------------------------------------------
 static void finish_file(Text *sums, const char *name, Output o) {
     put(sums, "%08x %zu %s\n", o.crc, o.size, name);
 }
@@ -1979,7 +1999,8 @@ static void save_checkpoint(const Model *m, const Progress *p, const Loader *dat
     double need = 1.01*(double)(m->size*3*sizeof(real)) + (1 << 20);
     CHECK(statvfs(out, &disk) == 0, "%s: %s", out, strerror(errno));
     double room = (double)disk.f_bavail*(double)disk.f_frsize;
-    CHECK(room > need, "%s: %.1f MB are free on its disk, a checkpoint takes %.1f MB; make room, then "
+    CHECK(room > need, "%s: %.1f MB are free on its disk, a checkpoint takes %.1f MB; make room, "
+          "then "
           "go on with --resume", out, room/1e6, need/1e6);
     remove_tree(aside);
     CHECK(mkdir(aside, 0777) == 0, "%s: %s", aside, strerror(errno));
@@ -2007,7 +2028,8 @@ static void save_checkpoint(const Model *m, const Progress *p, const Loader *dat
     }
     put_state(&t, p, data);
     finish_text(&sums, aside, "state.json", &t);
-    put(&sums, "%08x %zu checksums\n", (unsigned)crc32(0, (const Bytef *)sums.data, (uInt)sums.size),
+    put(&sums, "%08x %zu checksums\n", (unsigned)crc32(0, (const Bytef *)sums.data,
+                                                       (uInt)sums.size),
         sums.size);
     write_file(str("%s/checksums.txt", aside), sums.data, sums.size);
     free(sums.data);
@@ -2021,7 +2043,7 @@ static void save_checkpoint(const Model *m, const Progress *p, const Loader *dat
     free(dir), free(aside), free(old);
 }
 
-// ---- finding and reading ------------------------------------------------------------------------------
+// ---- finding and reading ------------------------------------------------------------------------
 static int compare_steps(const void *a, const void *b) {
     Int x = *(const Int *)a, y = *(const Int *)b;
     return x < y ? 1 : x > y ? -1 : 0;
@@ -2100,7 +2122,7 @@ static const char *checkpoint_fault(const char *dir) {
     return fault;
 }
 
-// The newest good checkpoint in OUT, with a warning for each damaged one, or NULL when there is none.
+// The newest good checkpoint in OUT, or NULL when there is none; a warning for each damaged one
 static char *find_checkpoint(void) {
     size_t count;
     Int *steps = list_checkpoints(flags.out, &count);
@@ -2112,7 +2134,8 @@ static char *find_checkpoint(void) {
         free(dir);
     }
     free(steps);
-    CHECK(!count, "--resume: all %zu checkpoints in %s are damaged; start again in another --out, or "
+    CHECK(!count, "--resume: all %zu checkpoints in %s are damaged; start again in another --out, "
+          "or "
           "with --init from one whose model.safetensors is whole", count, flags.out);
     return NULL;
 }
@@ -2128,7 +2151,7 @@ static Json *read_state(const char *dir) {
 // Flags that belong to a command, not to a run
 static int flag_is_momentary(size_t i) {
     const char *g = flag_specs[i].group;
-    return !strcmp(g, "Inspecting") || !strcmp(g, "Generating") || i == FLAG_out || i == FLAG_resume
+    return !strcmp(g, "Inspect") || !strcmp(g, "Text") || i == FLAG_out || i == FLAG_resume
         || i == FLAG_threads || i == FLAG_init;
 }
 
@@ -2150,7 +2173,8 @@ static void restore_flags(const char *dir, const Json *state) {
         if (!given[i]) {
             if (i != FLAG_min_lr || !given[FLAG_lr]) flag_set(i, strdup(then));
         } else if (strcmp(then, now_)) {
-            CHECK(!flag_is_fixed(i), "--resume: %s was trained with %s %s, now it is %s; a run can only "
+            CHECK(!flag_is_fixed(i), "--resume: %s was trained with %s %s, now it is %s; a run "
+                  "can only "
                   "go on as it was", dir, flag_name(i), then, now_);
             printf("notice: %s is %s, it was %s\n", flag_name(i), now_, then);
         }
@@ -2165,12 +2189,14 @@ static void restore_tensors(const char *dir, const char *name, Tensors *list) {
     memset(list, 0, sizeof *list);
 }
 
-static void restore_checkpoint(const char *dir, const Json *state, Model *m, Progress *p, Loader *d) {
+static void restore_checkpoint(const char *dir, const Json *state, Model *m, Progress *p,
+                               Loader *d) {
     char *path = strdup(str("%s/state.json", dir));
     const Json *data = json_expect(json_get(state, "data"), JSON_OBJECT, path, "data");
     Tensors list = { NULL, 0, 0 };
     CHECK((uint32_t)json_size(json_get(data, "fingerprint"), path, "fingerprint")
-          == loader_fingerprint(d), "--resume: the files of --data %s are not those that %s was trained "
+          == loader_fingerprint(d), "--resume: the files of --data %s are not those that %s was "
+          "trained "
           "on; a run can only go on as it was", flags.data, dir);
     read_weights(dir, m);
     tensors_add_params(&list, m, &m->m, "exp_avg.");
@@ -2195,7 +2221,8 @@ static void restore_checkpoint(const char *dir, const Json *state, Model *m, Pro
 // A second trainer in the same directory would destroy the first one's work. The lock goes with the
 // process; OUT/lock says who holds it.
 static void lock_out(void) {
-    CHECK(mkdir(flags.out, 0777) == 0 || errno == EEXIST, "--out %s: could not create: %s", flags.out,
+    CHECK(mkdir(flags.out, 0777) == 0 || errno == EEXIST, "--out %s: could not create: %s",
+          flags.out,
           strerror(errno));
     char *path = strdup(str("%s/lock", flags.out)), host[64] = "this host";
     int fd = open(flags.out, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -2338,7 +2365,8 @@ typedef struct {
     double (*loss)(Model *m, int backward);                  // of one micro-batch
     double (*norm)(Model *m);                                // of all gradients
     void (*update)(Model *m, double lr, double grad_scale, Int t);
-    void (*carry)(Model *m, int fresh);                      // 1: states become 0; 0: new ones count
+    void (*carry)(Model *m, int fresh);
+                         // 1: states become 0; 0: new ones count
     void (*fetch)(Model *m);
     void (*generate)(const Model *m, const Tokenizer *tok, const int *prompt, size_t prompt_size,
                      Int count, uint64_t stream);
@@ -2380,7 +2408,7 @@ static const char *duration(double s) {
     return t >= 3600 ? str("%ld:%02ld:%02ld", t/3600, t/60%60, t%60) : str("%ld:%02ld", t/60, t%60);
 }
 
-// ---- setting up -------------------------------------------------------------------------------------
+// ---- setting up ---------------------------------------------------------------------------------
 
 static const Preset *find_preset(const char *name) {
     Text names = { NULL, 0, 0 };
@@ -2503,15 +2531,17 @@ static void print_summary(const Run *run) {
            parameters/(1 << 30), activations/(1 << 30), flags.recompute ? " (--recompute)" : "");
     printf("data     %s: %s tokens to train on, %s to validate\n", flags.data, human(tokens),
            run->has_val ? human((double)loader_tokens(&run->val)) : "none");
-    printf("training %" PRId64 " steps of %" PRId64 " x %zu x %zu tokens (%.2f epochs), lr %g %s, seed %"
-           PRId64 "\n", flags.steps, flags.accum, d->R, d->T, tokens > 0 ? seen/tokens : 0, flags.lr,
+    printf("training %" PRId64 " steps of %" PRId64 " x %zu x %zu tokens (%.2f epochs), lr %g %s, "
+           "seed %"
+           PRId64 "\n", flags.steps, flags.accum, d->R, d->T, tokens > 0 ? seen/tokens : 0,
+           flags.lr,
            flags.schedule, flags.seed);
     printf("device   %s, %s, chunks of %zu tokens; output in %s/\n", run->device->name, flags.dtype,
            d->Q, flags.out);
 }
 
-// Opens data and model. dir: a model directory to start from, or NULL; state: that of the checkpoint
-// dir when the run goes on from there, or NULL.
+// Opens data and model. dir: a model directory to start from, or NULL; state: that of dir when it is
+// a checkpoint to go on from, else NULL.
 static void run_open(Run *run, const char *dir, const Json *state, int training) {
     Loader *t = &run->train, *v = &run->val;
     if (state) restore_flags(dir, state);
@@ -2568,7 +2598,7 @@ static double evaluate(Run *run, Loader *d, Int most, double *bits_per_byte) {
 
 #include "dev/lib/inspect.h"            // --dump, --compare
 
-// ---- log and plot -------------------------------------------------------------------------------------
+// ---- log and plot -------------------------------------------------------------------------------
 
 static void put_log(Run *run, Text *line) {
     fwrite(line->data, 1, line->size, run->log);
@@ -2591,7 +2621,8 @@ static void log_open(Run *run, int resumed) {
         Bytes b = read_file(path);
         for (char *line = b.data, *end; (end = strchr(line, '\n')); line = end + 1) {
             double step = log_number(line, end, "{\"step\":");
-            double loss = log_number(line, end, "\"loss\":"), val = log_number(line, end, "\"val_loss\":");
+            double loss = log_number(line, end, "\"loss\":"), val = log_number(line, end,
+                                                                               "\"val_loss\":");
             if (step > (double)run->p.step) continue;
             put_bytes(&kept, line, (size_t)(end - line) + 1);
             if (isfinite(loss)) curve_add(&run->train_curve, step, loss);
@@ -2604,7 +2635,8 @@ static void log_open(Run *run, int resumed) {
         put(&kept, "}\n");
     }
     write_file(aside, kept.data, kept.size);
-    CHECK(rename(aside, path) == 0 && (run->log = fopen(path, "a")), "%s: %s", path, strerror(errno));
+    CHECK(rename(aside, path) == 0 && (run->log = fopen(path, "a")), "%s: %s", path,
+          strerror(errno));
     free(kept.data), free(path), free(aside);
 }
 
@@ -2616,7 +2648,7 @@ static void draw_plot(const Run *run) {
                "loss (nats per token)", series, run->has_val ? 2 : 1);
 }
 
-// ---- the steps ------------------------------------------------------------------------------------------
+// ---- the steps ----------------------------------------------------------------------------------
 
 // Stops the run when a loss, a gradient or a weight is not a number: nothing of it must be saved.
 static void check_finite(const Model *m, const char *what, double value, const Params *p) {
@@ -2624,11 +2656,14 @@ static void check_finite(const Model *m, const char *what, double value, const P
     for (size_t k = 0; k < PARAM_COUNT; k++)
         for (size_t i = 0; i < m->specs[k].count; i++) {
             double x = (double)((real *const *)p)[k][i];
-            CHECK(isfinite(x), "%s is %g: %s has %g at element %zu; nothing was saved since the last "
-                  "checkpoint; try a smaller --lr, or look at the data", what, value, m->specs[k].name,
+            CHECK(isfinite(x), "%s is %g: %s has %g at element %zu; nothing was saved since the "
+                  "last "
+                  "checkpoint; try a smaller --lr, or look at the data", what, value,
+                  m->specs[k].name,
                   x, i);
         }
-    die("%s is %g though all weights are finite; nothing was saved since the last checkpoint; try a "
+    die("%s is %g though all weights are finite; nothing was saved since the last checkpoint; try "
+        "a "
         "smaller --lr, or look at the data", what, value);
 }
 
@@ -2638,16 +2673,21 @@ static void log_step(Run *run, double loss, double norm, double lr, double secon
     double use = 6*(double)parameter_count(run->m.specs)*tokens/seconds/run->peak;
     int digits = sizeof(real) == 4 ? 9 : 17, width = (int)strlen(str("%" PRId64, flags.steps));
     Text line = { NULL, 0, 0 };
-    put(&line, "{\"step\":%" PRId64 ",\"loss\":%.*g,\"grad_norm\":%.*g,\"lr\":%.17g,\"tokens\":%" PRId64
-        ",\"tokens_per_s\":%.6g,\"mfu\":%s,\"time\":%.3f%s}\n", p->step, digits, loss, digits, norm, lr,
+    put(&line,
+        "{\"step\":%" PRId64 ",\"loss\":%.*g,\"grad_norm\":%.*g,\"lr\":%.17g,\"tokens\":%" PRId64
+        ",\"tokens_per_s\":%.6g,\"mfu\":%s,\"time\":%.3f%s}\n", p->step, digits, loss, digits, norm,
+        lr,
         p->tokens, tokens/seconds, run->peak > 0 ? str("%.4g", use) : "null", now() - run->started,
         skipped ? ",\"skipped\":true" : "");
     put_log(run, &line);
-    if (p->step % flags.log_every && p->step != flags.steps && p->step != run->first_step + 1) return;
+    if (p->step % flags.log_every && p->step != flags.steps
+        && p->step != run->first_step + 1) return;
     double left = (now() - run->started)/(double)(p->step - run->first_step)
                 * (double)(flags.steps - p->step);
-    printf("step %*" PRId64 "/%" PRId64 " %5.1f%% | loss %.4f | norm %.3f | lr %.2e | %s tok/s%s | ETA %s"
-           "%s\n", width, p->step, flags.steps, 100.0*(double)p->step/(double)flags.steps, loss, norm, lr,
+    printf("step %*" PRId64 "/%" PRId64 " %5.1f%% | loss %.4f | norm %.3f | lr %.2e | %s tok/s%s "
+           "| ETA %s"
+           "%s\n", width, p->step, flags.steps, 100.0*(double)p->step/(double)flags.steps, loss,
+           norm, lr,
            human(tokens/seconds), run->peak > 0 ? str(" | %.0f%% of peak", 100*use) : "",
            duration(left), skipped ? " | skipped" : "");
 }
@@ -2670,7 +2710,8 @@ static void train_step(Run *run) {
     check_finite(m, str("step %" PRId64 ": the loss", p->step), loss, &m->w);
     double norm = device->norm(m);
     check_finite(m, str("step %" PRId64 ": the gradient's norm", p->step), norm, &m->g);
-    int skipped = outlier(&p->loss, loss, flags.skip_loss) || outlier(&p->norm, norm, flags.skip_norm);
+    int skipped = outlier(&p->loss, loss, flags.skip_loss) || outlier(&p->norm, norm,
+                                                                      flags.skip_norm);
     remember(&p->loss, loss), remember(&p->norm, norm);
     if (!skipped)
         device->update(m, lr, flags.clip > 0 ? fmin(1, flags.clip/(norm + 1e-6)) : 1, ++p->adam_t);
@@ -2714,7 +2755,8 @@ static void save(Run *run) {
     save_checkpoint(m, &run->p, &run->train);
     if (better) point_link(str("%s/best", flags.out), str("step_%08" PRId64, run->p.step));
     prune_checkpoints(run->p.step);
-    printf("step %" PRId64 " | saved %s/step_%08" PRId64 "%s\n", run->p.step, flags.out, run->p.step,
+    printf("step %" PRId64 " | saved %s/step_%08" PRId64 "%s\n", run->p.step, flags.out,
+           run->p.step,
            better ? " (best)" : "");
 }
 
@@ -2754,12 +2796,13 @@ static int run_training(Run *run) {
     return 128 + stop_signal;
 }
 
-// ---- the verbs of main ------------------------------------------------------------------------------------
+// ---- the verbs of main --------------------------------------------------------------------------
 
 static int verb_train(Run *run) {
     size_t count;
     free(list_checkpoints(flags.out, &count));
-    CHECK(!count || flags.resume, "--out %s holds %zu checkpoints; go on with --resume, or choose another "
+    CHECK(!count || flags.resume, "--out %s holds %zu checkpoints; go on with --resume, or choose "
+          "another "
           "directory", flags.out, count);
     lock_out();
     char *dir = find_checkpoint();
@@ -2778,7 +2821,8 @@ static int verb_train(Run *run) {
 // The model directory for --generate and --eval: --init, or the newest checkpoint
 static const char *trained_model(void) {
     const char *last = strdup(str("%s/last", flags.out));
-    CHECK(*flags.init || exists(last), "%s: no trained model; train first, or give a model directory to "
+    CHECK(*flags.init || exists(last), "%s: no trained model; train first, or give a model "
+          "directory to "
           "--init", last);
     return *flags.init ? flags.init : last;
 }
@@ -2789,7 +2833,8 @@ static int verb_generate(Run *run) {
     size_t count;
     read_config(dir, &d);
     run->tok = choose_tokenizer(dir);
-    CHECK(d.V <= 272 || *flags.tokenizer || exists(str("%s/tokenizer.json", dir)), "%s has %zu tokens and "
+    CHECK(d.V <= 272 || *flags.tokenizer || exists(str("%s/tokenizer.json", dir)), "%s has %zu "
+          "tokens and "
           "no tokenizer.json; give one to --tokenizer", dir, d.V);
     if ((size_t)run->tok->vocab < d.V) d.vocab = (size_t)run->tok->vocab;
     finish_dims(&d, dir, 1, 1);
@@ -2799,7 +2844,8 @@ static int verb_generate(Run *run) {
     run->device->open(&run->m);
     int *prompt = prompt_tokens(run->tok, &count);
     for (size_t i = 0; i < count; i++)
-        CHECK((size_t)prompt[i] < d.V, "--prompt: token %d is outside the vocabulary of %zu", prompt[i],
+        CHECK((size_t)prompt[i] < d.V, "--prompt: token %d is outside the vocabulary of %zu",
+              prompt[i],
               d.V);
     run->device->generate(&run->m, run->tok, prompt, count, flags.generate, RANDOM_SAMPLE);
     CHECK(!ferror(stdout) || errno == EPIPE, "standard output: %s", strerror(errno));
@@ -2843,7 +2889,8 @@ static int run_main(int argc, char **argv, const Backend *device) {
     signal(SIGPIPE, SIG_IGN);
     flags_parse(argc, argv);
     if (flags.help) return print_help(), 0;
-    if (flags.version) return printf("train_mamba2 %s, %zu-bit floats\n", VERSION, 8*sizeof(real)), 0;
+    if (flags.version) return printf("train_mamba2 %s, %zu-bit floats\n", VERSION, 8*sizeof(real)),
+    0;
     flags_check();
     if (given[FLAG_threads]) omp_set_num_threads((int)flags.threads);
     if (given[FLAG_generate]) return verb_generate(&run);
@@ -2852,7 +2899,7 @@ static int run_main(int argc, char **argv, const Backend *device) {
     return verb_train(&run);
 }
 
-// ---- the CPU as a device -----------------------------------------------------------------------------------
+// ---- the CPU as a device ------------------------------------------------------------------------
 
 static void cpu_start(void) {
     if (!*flags.dtype) flags.dtype = "f32";

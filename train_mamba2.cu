@@ -23,6 +23,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
+#include <ftw.h>
 #include <glob.h>
 #include <inttypes.h>
 #include <limits.h>
@@ -1358,1018 +1359,7 @@ ssd_head_sums_kernel(float *g_A_log, float *g_D, const float *g_A_part, const fl
     else g_A_log[h] -= expf(A_log[h]) * sum;
 }
 
-// == ssd, the fast kernels ========================================================================
-// For bf16, chunks of 128 steps, headdim up to 64 and d_state up to 128, both multiples of 8 (smaller
-// ones are padded with zeros to 64, and 64 or 128), on GPUs with 227 KB of shared memory: everything
-// else takes the kernels above. The same formulas; what differs is how the work is dealt out:
-//   - copies run ahead of the arithmetic (cp.async), tiles lie in shared memory without bank conflicts
-//   - warps of one block have different roles, so that their latencies overlap
-//   - decays are products of two factors, exp2(cs_l - cs_a) and exp2(cs_a - cs_s), with a step a
-//     between, s <= a <= l: tables of 128 in place of an exponential for each element, and no exponent
-//     above 0. Documents cut the factors: since they come in order, l and s are of one document just
-//     when both are of the document of a.
-constexpr int FQ = 128, FP = 64;                   // steps of a chunk; columns of a head, padded
-constexpr int PAD = 8;                             // of rows in shared memory, where they are padded
-
-#ifdef __CUDACC__
-template<int BYTES>                                // 4 or 16; zeros when not valid
-__device__ inline void cp_async(void *to, const void *from, bool valid) {
-    if (BYTES == 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                     :: "r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
-    } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
-                     :: "r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0) : "memory");
-    }
-}
-__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template<int LEFT> __device__ inline void cp_async_wait() {
-    asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
-}
-// __syncthreads() for warps that meet it at different lines, which CUDA C++ does not allow and PTX,
-// with a count, does; and the kind at which some warps wait for others that only announce themselves.
-__device__ inline void barrier_wait(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
-}
-__device__ inline void barrier_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory");
-}
-__device__ inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
-    uint32_t y;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-    return y;
-}
-// What is computed from an opaque value is computed again at each use, not kept in registers.
-__device__ inline int opaque(int x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
-#else
-template<int BYTES> inline void cp_async(void *to, const void *from, bool valid) {
-    emu::cp_async(to, from, BYTES, !valid);
-}
-inline void cp_async_commit() { emu::cp_async_commit(); }
-template<int LEFT> inline void cp_async_wait() { emu::cp_async_wait_group(LEFT); }
-inline void barrier_wait(int id, int threads) { emu::barrier_sync(id, threads); }
-inline void barrier_arrive(int id, int threads) { emu::barrier_arrive(id, threads); }
-inline uint32_t mul_bf16x2(uint32_t a, uint32_t b);
-inline int opaque(int x) { return x; }
-#endif
-
-// Two bf16 in a register.
-__device__ inline uint32_t pack(float low, float high) {
-    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    uint32_t bits;
-    memcpy(&bits, &pair, 4);
-    return bits;
-}
-__device__ inline float low(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ inline float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
-#ifndef __CUDACC__
-inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return pack(low(a) * low(b), high(a) * high(b)); }
-#endif
-
-__device__ inline float decay(float exponent, bool same_document) {
-    return same_document ? exp2_fast(fminf(exponent, 0.0f)) : 0.0f;
-}
-
-// A tile in shared memory has rows of COLS, either padded by 16 bytes (PAD), or (0) with the 16-byte
-// pieces of row r permuted by r % 8. Either way ldmatrix has no bank conflicts; padding makes cp.async
-// dearer, permuting takes registers. The second form is of row + r, col + c, where row and col are
-// multiples of 8 and r, c < 16: what depends on the lane is apart, so that it is computed once.
-template<int COLS, int PADDED> __device__ inline int at(int row, int col) {
-    return row * (COLS + PADDED) + (PADDED ? col : col ^ row % 8 * 8);
-}
-template<int COLS, int PADDED>
-__device__ inline int at(unsigned row, unsigned col, unsigned r, unsigned c) {
-    if (PADDED) return (row + r) * (COLS + PADDED) + col + c;
-    return row * COLS + col / 64 * 64 + ((r * COLS + (c ^ r % 8 * 8)) ^ col % 64);
-}
-
-// Operands of mma from the part of a tile that begins at (row, col). A is 16x16 (m,k), or with _t
-// stored (k,m). B is 16 (k) x 16 (n), stored (n,k), or with _t (k,n): r and r + 2 are two fragments.
-template<int COLS, int PADDED>
-__device__ inline void load_a(uint32_t r[4], const bf16 *tile, int row, int col, unsigned lane) {
-    ldmatrix(r, tile + at<COLS, PADDED>(row, col, lane % 16, lane / 16 * 8));
-}
-template<int COLS, int PADDED>
-__device__ inline void load_a_t(uint32_t r[4], const bf16 *tile, int row, int col, unsigned lane) {
-    ldmatrix_trans(r, tile + at<COLS, PADDED>(row, col, lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8));
-}
-template<int COLS, int PADDED>
-__device__ inline void load_b(uint32_t r[4], const bf16 *tile, int row, int col, unsigned lane) {
-    ldmatrix(r, tile + at<COLS, PADDED>(row, col, lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8));
-}
-template<int COLS, int PADDED>
-__device__ inline void load_b_t(uint32_t r[4], const bf16 *tile, int row, int col, unsigned lane) {
-    ldmatrix_trans(r, tile + at<COLS, PADDED>(row, col, lane % 16, lane / 16 * 8));
-}
-
-// Threads 0 <= me < THREADS start copying ROWS x COLS elements; zeros from `rows` and `cols` on.
-template<int ROWS, int COLS, int PADDED, int THREADS>
-__device__ inline void load_tile(bf16 *to, const bf16 *from, size_t pitch, int rows, int cols, int me) {
-    constexpr int STEP = THREADS / (COLS / 8);             // rows at once
-    int row = me / (COLS / 8), col = me % (COLS / 8) * 8;
-    from += row * pitch + col;
-    if (col >= cols) rows = 0;
-    UNROLL for (int i = 0; i < ROWS / STEP; i++, from += STEP * pitch) {
-        cp_async<16>(to + at<COLS, PADDED>(row + i * STEP, col), from, row + i * STEP < rows);
-    }
-}
-template<int ROWS, int COLS, int PADDED, int THREADS>      // and back
-__device__ inline void store_tile(bf16 *to, const bf16 *from, size_t pitch, int rows, int cols, int me) {
-    constexpr int STEP = THREADS / (COLS / 8);
-    int row = me / (COLS / 8), col = me % (COLS / 8) * 8;
-    to += row * pitch + col;
-    if (col >= cols) rows = 0;
-    UNROLL for (int i = 0; i < ROWS / STEP; i++, to += STEP * pitch) {
-        if (row + i * STEP >= rows) break;
-        *(uint4 *)to = *(const uint4 *)(from + at<COLS, PADDED>(row + i * STEP, col));
-    }
-}
-
-// CB as bf16 operands A: 16x16 tile (i,j), j <= i, of a chunk and group lies at i (i+1)/2 + j, lane by
-// lane. A block per chunk and group; warp i has row i of the tiles.
-constexpr int CB_TILES = 36;
-template<int N> constexpr size_t CB_SHARED = 2 * FQ * (N + PAD) * sizeof(bf16);
-
-template<int N>
-__global__ void __launch_bounds__(256) ssd_CB_fast_kernel(uint4 *CB, const bf16 *xBC, Dims d) {
-    extern __shared__ __align__(128) unsigned char shared[];
-    bf16 *B = (bf16 *)shared, *C = B + FQ * (N + PAD);
-    size_t c = blockIdx.x, g = blockIdx.y, r = blockIdx.z;
-    int me = threadIdx.x, lane = me % 32, warp = me / 32, rows = (int)min((size_t)FQ, d.T - c * FQ);
-    const bf16 *from = xBC + (r * d.T + c * FQ) * d.S + d.E + g * d.N;
-    load_tile<FQ, N, PAD, 256>(B, from, d.S, rows, d.N, me);
-    load_tile<FQ, N, PAD, 256>(C, from + d.G * d.N, d.S, rows, d.N, me);
-    cp_async_commit();
-    cp_async_wait<0>();
-    __syncthreads();
-    uint32_t a[N / 16][4], b[4];
-    UNROLL for (int k = 0; k < N / 16; k++) {
-        load_a<N, PAD>(a[k], C, 16 * warp, 16 * k, lane);
-    }
-    CB += (((r * d.chunks + c) * d.G + g) * CB_TILES + warp * (warp + 1) / 2) * 32 + lane;
-    for (int j = 0; j <= warp; j++) {
-        float v[2][4] = {};
-        UNROLL for (int k = 0; k < N / 16; k++) {
-            load_b<N, PAD>(b, B, 16 * j, 16 * k, lane);
-            mma(v[0], a[k], b);
-            mma(v[1], a[k], b + 2);
-        }
-        CB[j * 32] = make_uint4(pack(v[0][0], v[0][1]), pack(v[0][2], v[0][3]),
-                                pack(v[1][0], v[1][1]), pack(v[1][2], v[1][3]));
-    }
-}
-
-// ---- forward: states and y in one kernel ---------------------------------------------------------
-// A block has two heads of a group and walks the chunks of its segment of the sequence:
-//   state warps   S = through S + (dt exp(cs_last - cs) B)^T x, in float accumulators; they fetch B, C
-//                 and CB, and write the boundary states
-//   y warps       y = M x + diag(exp(cs)) C S, M = (CB o L) diag(dt) with D added on its diagonal; they
-//                 fetch x, cs, dt
-// Four of each a head. Of the state (N,P) a state warp has N/4 rows; y warp w has the 16-row tiles w
-// and 7 - w of M, 9 of its 36 tiles. In row tile i of M, but for its diagonal tile, L_ls dt_s is
-// exp2(cs_l - cs_a) ratio_s with a = 16 i: one exponential for a column instead of one an element.
-// Where rows and heads alone do not fill the GPU, the sequence is cut into segments: first this kernel
-// without SCAN (no y warps), from S = 0, writes what each segment but the last adds to the state (local)
-// and how it decays what came before (local_decay); the scan then starts each segment from their sum.
-// Here is the seam for splitting a sequence over GPUs: it would exchange local and local_decay.
-template<int N> struct WalkShared {
-    bf16 x[2][2][FQ * (FP + PAD)];                 // of 2 chunks, 2 heads
-    bf16 BC[2][FQ * (N + PAD)];                    // B, C; without SCAN the B of 2 chunks
-    bf16 S[2][N * (FP + PAD)];                     // of 2 heads
-    uint4 CB[2][CB_TILES * 32];                    // of 2 chunks
-    float cs[2][2][FQ], dt[2][2][FQ];              // of 2 chunks, 2 heads
-    int doc[2][FQ];
-    bf16 weight[8][FQ], ratio[8][2][FQ];           // of each state warp; of each y warp
-};
-
-// to[s] = dt_s exp2(cs at `from` - cs_s), by one warp for itself
-__device__ inline void decays(bf16 *to, const float *cs, const float *dt, const int *doc, int from) {
-    int s = threadIdx.x % 32 * 4;
-    float4 c = *(const float4 *)(cs + s), step = *(const float4 *)(dt + s);
-    int4 k = *(const int4 *)(doc + s);
-    float a = cs[from];
-    int here = doc[from];
-    uint32_t first = pack(step.x * decay(a - c.x, k.x == here), step.y * decay(a - c.y, k.y == here));
-    uint32_t second = pack(step.z * decay(a - c.z, k.z == here), step.w * decay(a - c.w, k.w == here));
-    *(uint2 *)(to + s) = make_uint2(first, second);
-}
-
-template<int N, bool SCAN>
-__global__ void __launch_bounds__(SCAN ? 512 : 256, 1)
-ssd_walk_kernel(bf16 *y, bf16 *states, float *final, float *local, float *local_decay,
-                const bf16 *xBC, const uint4 *CB, const float *cs, const float *dts, const float *D,
-                const float *initial, const int *doc, Dims d, int segment_chunks) {
-    extern __shared__ __align__(128) unsigned char shared[];
-    WalkShared<N> &sm = *(WalkShared<N> *)shared;
-    constexpr int MT = N / 64, THREADS = SCAN ? 512 : 256, BOTH = 1, FREE = 2;     // barriers
-    int me = threadIdx.x % 256, lane = me % 32, g = lane / 4, t4 = lane % 4;
-    int all_warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warp = all_warp % 4, slot = all_warp / 4 % 2;
-    int heads = d.H / d.G, pairs = (heads + 1) / 2, group = blockIdx.x / pairs;
-    int first = blockIdx.x % pairs * 2, h = group * heads + min(first + slot, heads - 1);
-    bool mine = first + slot < heads;
-    int chunks = d.chunks, begin = blockIdx.y * segment_chunks, end = min(begin + segment_chunks, chunks);
-    int P = d.P;
-    size_t r = blockIdx.z, head = (r * d.H + h) * d.N * P;         // head: in initial and final
-    const bf16 *rows = xBC + r * d.T * d.S;
-    float acc[2][8][4];                            // S or y: 16-row tiles, 8-column tiles
-
-    auto load_x = [&](int chunk) {                 // and cs, dt, doc: 256 threads
-        if (chunk < end) {
-            int buffer = chunk & 1, left = (int)d.T - chunk * FQ;
-            const bf16 *x = rows + (size_t)chunk * FQ * d.S + (group * heads + first) * P;
-            load_tile<FQ, FP, PAD, 256>(sm.x[buffer][0], x, d.S, left, P, me);
-            load_tile<FQ, FP, PAD, 256>(sm.x[buffer][1], x + P, d.S, left, first + 1 < heads ? P : 0, me);
-            int i = me % 128;
-            if (i < 64) {
-                size_t from = ((r * d.H + h) * chunks + chunk) * FQ + i % 32 * 4;
-                float *to = i < 32 ? sm.cs[buffer][slot] : sm.dt[buffer][slot];
-                cp_async<16>(to + i % 32 * 4, (i < 32 ? cs : dts) + from, true);
-            }
-            if (doc && me < FQ) {
-                cp_async<4>(&sm.doc[buffer][me], doc + r * d.T + chunk * FQ + min(me, left - 1), true);
-            }
-        }
-        cp_async_commit();
-    };
-    if (!doc && me < FQ) sm.doc[0][me] = sm.doc[1][me] = 0;
-    int doc_before = doc && begin > 0 ? doc[r * d.T + begin * FQ - 1] : 0;
-
-    if (!SCAN || all_warp < 8) {                   // ---- state warps ----
-        int n0 = warp * (N / 4);
-        auto each_pair = [&](auto f) {             // f(two accumulators, their n and p)
-            UNROLL for (int i = 0; i < MT; i++) {
-                UNROLL for (int j = 0; j < 8; j++) {
-                    UNROLL for (int e = 0; e < 4; e += 2) {
-                        f(acc[i][j][e], acc[i][j][e + 1], n0 + g + 16 * i + 4 * e, 8 * j + 2 * t4);
-                    }
-                }
-            }
-        };
-        auto inside = [&](int n, int p) { return n < d.N && p < P; };
-        auto load_BC = [&](int chunk) {
-            if (chunk < end) {
-                int left = (int)d.T - chunk * FQ;
-                const bf16 *B = rows + (size_t)chunk * FQ * d.S + d.E + group * d.N;
-                load_tile<FQ, N, PAD, 256>(sm.BC[SCAN ? 0 : chunk & 1], B, d.S, left, d.N, me);
-                if (SCAN) {
-                    load_tile<FQ, N, PAD, 256>(sm.BC[1], B + d.G * d.N, d.S, left, d.N, me);
-                    const uint4 *from = CB + ((r * chunks + chunk) * d.G + group) * CB_TILES * 32;
-                    for (int i = me; i < CB_TILES * 32; i += 256) {
-                        cp_async<16>(&sm.CB[chunk & 1][i], from + i, true);
-                    }
-                }
-            }
-            if (!SCAN) load_x(chunk);
-            cp_async_commit();
-        };
-        load_BC(begin);
-        each_pair([&](float &u, float &v, int n, int p) {
-            bool there = initial && blockIdx.y == 0 && inside(n, p);
-            float2 s = there ? *(const float2 *)(initial + head + n * P + p) : make_float2(0.0f, 0.0f);
-            u = s.x;
-            v = s.y;
-        });
-        for (int s = 0; SCAN && s < blockIdx.y; s++) {     // what the segments before this one leave
-            size_t which = (r * (gridDim.y - 1) + s) * d.H + h;
-            float through = local_decay[which];
-            each_pair([&](float &u, float &v, int n, int p) {
-                float2 a = *(const float2 *)(local + (which * N + n) * FP + p);
-                u = u * through + a.x;
-                v = v * through + a.y;
-            });
-        }
-        float total = 1.0f;
-        for (int chunk = begin; chunk < end; chunk++) {
-            int buffer = chunk & 1;
-            bool update = !SCAN || chunk + 1 < end || (final && end == chunks);
-            const bf16 *B = sm.BC[SCAN ? 0 : buffer], *x = sm.x[buffer][slot];
-            const float *my_cs = sm.cs[buffer][slot];
-            if (SCAN) {
-                each_pair([&](float &u, float &v, int n, int p) {
-                    *(uint32_t *)&sm.S[slot][n * (FP + PAD) + p] = pack(u, v);
-                });
-            }
-            cp_async_wait<0>();
-            barrier_wait(BOTH, THREADS);           // this chunk and S are there, the last chunk is done
-            if (!SCAN) load_BC(chunk + 1);
-            if (SCAN && mine) {
-                bf16 *to = states + ((r * chunks + chunk) * d.H + h) * d.N * P;
-                store_tile<N, FP, PAD, 128>(to, sm.S[slot], P, d.N, P, me % 128);
-            }
-            int doc_last = sm.doc[buffer][FQ - 1];
-            float through = decay(my_cs[FQ - 1], doc_last == doc_before);
-            total *= through;
-            doc_before = doc_last;
-            if (update) {
-                bf16 *weight = sm.weight[all_warp];
-                decays(weight, my_cs, sm.dt[buffer][slot], sm.doc[buffer], FQ - 1);
-                __syncwarp();
-                each_pair([&](float &u, float &v, int, int) {
-                    u *= through;
-                    v *= through;
-                });
-                UNROLL for (int k = 0; k < FQ; k += 16) {
-                    uint32_t a[MT][4], b[4];
-                    uint32_t w0 = *(const uint32_t *)(weight + k + 2 * t4);
-                    uint32_t w1 = *(const uint32_t *)(weight + k + 8 + 2 * t4);
-                    UNROLL for (int i = 0; i < MT; i++) {
-                        load_a_t<N, PAD>(a[i], B, k, n0 + 16 * i, lane);
-                        UNROLL for (int e = 0; e < 4; e++) {
-                            a[i][e] = mul_bf16x2(a[i][e], e < 2 ? w0 : w1);
-                        }
-                    }
-                    UNROLL for (int j = 0; j < 8; j += 2) {
-                        load_b_t<FP, PAD>(b, x, k, 8 * j, lane);
-                        UNROLL for (int i = 0; i < MT; i++) {
-                            mma(acc[i][j], a[i], b);
-                            mma(acc[i][j + 1], a[i], b + 2);
-                        }
-                    }
-                }
-            }
-            if (SCAN) {
-                barrier_wait(FREE, THREADS);       // B, C and S are no longer needed
-                load_BC(chunk + 1);
-            }
-        }
-        if (!SCAN && mine) {
-            size_t which = (r * gridDim.y + blockIdx.y) * d.H + h;
-            each_pair([&](float &u, float &v, int n, int p) {
-                *(float2 *)(local + (which * N + n) * FP + p) = make_float2(u, v);
-            });
-            if (me % 128 == 0) local_decay[which] = total;
-        } else if (mine && final && end == chunks) {
-            each_pair([&](float &u, float &v, int n, int p) {
-                if (inside(n, p)) *(float2 *)(final + head + n * P + p) = make_float2(u, v);
-            });
-        }
-    } else {                                       // ---- y warps ----
-        const int tile[2] = {warp, 7 - warp};
-        bf16 (*ratio)[FQ] = sm.ratio[all_warp - 8];
-        float skip = D[h];
-        auto scale = [&](int i, float upper, float lower) {
-            UNROLL for (int j = 0; j < 8; j++) {
-                acc[i][j][0] *= upper;
-                acc[i][j][1] *= upper;
-                acc[i][j][2] *= lower;
-                acc[i][j][3] *= lower;
-            }
-        };
-        load_x(begin);
-        for (int chunk = begin; chunk < end; chunk++) {
-            int buffer = chunk & 1;
-            const float *my_cs = sm.cs[buffer][slot], *my_dt = sm.dt[buffer][slot];
-            const int *my_doc = sm.doc[buffer];
-            const bf16 *x = sm.x[buffer][slot];
-            cp_async_wait<0>();
-            barrier_wait(BOTH, THREADS);           // this chunk and S are there
-            load_x(chunk + 1);
-            UNROLL for (int i = 0; i < 2; i++) {
-                decays(ratio[i], my_cs, my_dt, my_doc, 16 * tile[i]);
-                UNROLL for (int j = 0; j < 8; j++) {
-                    UNROLL for (int e = 0; e < 4; e++) {
-                        acc[i][j][e] = 0.0f;
-                    }
-                }
-            }
-            __syncwarp();
-            if (chunk > 0 || initial) {            // C S
-                UNROLL for (int k = 0; k < N; k += 16) {
-                    uint32_t a[2][4], b[4];
-                    UNROLL for (int i = 0; i < 2; i++) {
-                        load_a<N, PAD>(a[i], sm.BC[1], 16 * tile[i], k, lane);
-                    }
-                    UNROLL for (int j = 0; j < 8; j += 2) {
-                        load_b_t<FP, PAD>(b, sm.S[slot], k, 8 * j, lane);
-                        UNROLL for (int i = 0; i < 2; i++) {
-                            mma(acc[i][j], a[i], b);
-                            mma(acc[i][j + 1], a[i], b + 2);
-                        }
-                    }
-                }
-                UNROLL for (int i = 0; i < 2; i++) {
-                    int a = 16 * tile[i];
-                    float e = decay(my_cs[a], my_doc[a] == doc_before);
-                    scale(i, e, e);
-                }
-            }
-            doc_before = my_doc[FQ - 1];
-            barrier_arrive(FREE, THREADS);         // C and S are no longer needed
-            auto row = [&](int i) { return sm.CB[buffer] + tile[i] * (tile[i] + 1) / 2 * 32 + lane; };
-            auto add = [&](int i, const uint32_t m[4], const uint32_t b[4][4]) {
-                UNROLL for (int p = 0; p < 8; p++) {
-                    mma(acc[i][p], m, &b[p / 2][p % 2 * 2]);
-                }
-            };
-            auto below = [&](int i, int j, const uint32_t b[4][4]) {       // tile (i,j), j < i, of M
-                uint4 v = row(i)[j * 32];
-                uint32_t f0 = *(const uint32_t *)(ratio[i] + 16 * j + 2 * t4);
-                uint32_t f1 = *(const uint32_t *)(ratio[i] + 16 * j + 2 * t4 + 8);
-                uint32_t m[4] = {mul_bf16x2(v.x, f0), mul_bf16x2(v.y, f0),
-                                 mul_bf16x2(v.z, f1), mul_bf16x2(v.w, f1)};
-                add(i, m, b);
-            };
-            UNROLL for (int j = 0; j < 7; j++) {
-                if (j >= 4 && j >= tile[1]) continue;
-                uint32_t b[4][4];
-                UNROLL for (int p = 0; p < 4; p++) {
-                    load_b_t<FP, PAD>(b[p], x, 16 * j, 16 * p, lane);
-                }
-                below(1, j, b);
-                if (j < 3) if (j < tile[0]) below(0, j, b);
-            }
-            UNROLL for (int i = 0; i < 2; i++) {   // the diagonal tile
-                int a = 16 * tile[i];
-                float l_cs[2] = {my_cs[a + g], my_cs[a + g + 8]};
-                int l_doc[2] = {my_doc[a + g], my_doc[a + g + 8]};
-                scale(i, decay(l_cs[0] - my_cs[a], l_doc[0] == my_doc[a]),
-                      decay(l_cs[1] - my_cs[a], l_doc[1] == my_doc[a]));
-                uint4 v = row(i)[tile[i] * 32];
-                uint32_t m[4] = {v.x, v.y, v.z, v.w}, b[4][4];
-                UNROLL for (int p = 0; p < 4; p++) {
-                    load_b_t<FP, PAD>(b[p], x, a, 16 * p, lane);
-                }
-                UNROLL for (int e = 0; e < 4; e++) {
-                    int s = 8 * (e / 2) + 2 * t4, past = s - 8 * (e % 2) - g;      // s - l
-                    float2 c = *(const float2 *)(my_cs + a + s), dt = *(const float2 *)(my_dt + a + s);
-                    int2 k = *(const int2 *)(my_doc + a + s);
-                    float u = low(m[e]) * decay(l_cs[e % 2] - c.x, l_doc[e % 2] == k.x) * dt.x;
-                    float w = high(m[e]) * decay(l_cs[e % 2] - c.y, l_doc[e % 2] == k.y) * dt.y;
-                    m[e] = pack(past > 0 ? 0.0f : past == 0 ? u + skip : u,
-                                past >= 0 ? 0.0f : past == -1 ? w + skip : w);
-                }
-                add(i, m, b);
-            }
-            // Neighbouring lanes swap, so that each has 4 columns of a row: whole sectors are written.
-            UNROLL for (int i = 0; i < 2; i++) {
-                UNROLL for (int e = 0; e < 4; e += 2) {
-                    int l = chunk * FQ + 16 * tile[i] + g + 4 * e, p = 8 * (lane & 1) + 2 * (lane & 2);
-                    bf16 *to = y + (r * d.T + l) * d.E + h * P + p;
-                    UNROLL for (int j = 0; j < 8; j += 2) {
-                        uint32_t u = pack(acc[i][j][e], acc[i][j][e + 1]);
-                        uint32_t v = pack(acc[i][j + 1][e], acc[i][j + 1][e + 1]);
-                        uint32_t got = __shfl_xor_sync(~0u, lane & 1 ? u : v, 1);
-                        uint2 four = lane & 1 ? make_uint2(got, v) : make_uint2(u, got);
-                        if (mine && l < d.T && 8 * j + p < P) *(uint2 *)(to + 8 * j) = four;
-                    }
-                }
-            }
-        }
-    }
-}
-
-// In how many segments to cut a sequence: 1 when pairs of heads alone fill the 132 multiprocessors, each
-// of which runs one block. In units of the time of a chunk, as measured on an H200: a block takes 2.5
-// more to start, the pass without SCAN takes half the time, and its launch 2.
-static int ssd_segments(const Dims *d) {
-    int pairs = (int)(d->R * d->G * pieces(d->H / d->G, 2)), chunks = (int)d->chunks, best = 1;
-    float least = INFINITY;
-    for (int n = 1; n <= chunks; n++) {
-        int length = pieces(chunks, n);
-        if ((int)pieces(chunks, length) != n) continue;
-        float cost = pieces(pairs * n, 132) * (length + 2.5f);
-        if (n > 1) cost += pieces(pairs * (n - 1), 132) * (length + 2.5f) * 0.5f + 2.0f;
-        if (cost < least) {
-            least = cost;
-            best = n;
-        }
-    }
-    return best;
-}
-
-// ---- backward 1: gradients of the states ---------------------------------------------------------
-// A block (4 warps) per head walks the chunks backward with gS (N,P) in float accumulators, N/4 rows a
-// warp; g_y and C come in halves of a chunk.
-constexpr int HALF = 64;
-template<int N> struct WalkBackShared {
-    bf16 S[N * (FP + PAD)];                        // S in, then gS out
-    bf16 gy[2][HALF * (FP + PAD)], C[2][HALF * (N + PAD)];
-    float from_start[FQ], part[4];
-};
-
-template<int N>
-__global__ void __launch_bounds__(128, 3)
-ssd_walk_back_kernel(bf16 *g_states, float *kappa, float *g_initial, const bf16 *states,
-                     const bf16 *g_y, const float *g_final, const bf16 *xBC, const float *cs,
-                     const int *doc, Dims d) {
-    extern __shared__ __align__(128) unsigned char shared[];
-    WalkBackShared<N> &sm = *(WalkBackShared<N> *)shared;
-    constexpr int MT = N / 64;
-    int me = threadIdx.x, lane = me % 32, warp = me / 32, g = lane / 4, t4 = lane % 4;
-    int n0 = warp * (N / 4), chunks = d.chunks, P = d.P;
-    size_t h = blockIdx.x, r = blockIdx.y, head = (r * d.H + h) * d.N * P, group = h / (d.H / d.G);
-    float acc[MT][8][4];
-    auto each_pair = [&](auto f) {                 // f(two accumulators, their n and p)
-        UNROLL for (int i = 0; i < MT; i++) {
-            UNROLL for (int j = 0; j < 8; j++) {
-                UNROLL for (int e = 0; e < 4; e += 2) {
-                    f(acc[i][j][e], acc[i][j][e + 1], n0 + g + 16 * i + 4 * e, 8 * j + 2 * t4);
-                }
-            }
-        }
-    };
-    auto load_half = [&](int c, int half) {
-        int t0 = c * FQ + half * HALF, left = (int)d.T - t0;
-        size_t token = r * d.T + t0;
-        load_tile<HALF, FP, PAD, 128>(sm.gy[half], g_y + token * d.E + h * P, d.E, left, P, me);
-        const bf16 *C = xBC + token * d.S + d.E + (d.G + group) * d.N;
-        load_tile<HALF, N, PAD, 128>(sm.C[half], C, d.S, left, d.N, me);
-    };
-    auto state = [&](int c) { return ((r * chunks + c) * d.H + h) * d.N * P; };
-    auto from_start = [&](int c) {                 // the decay of step `me` from the chunk's start
-        float sum = cs[((r * d.H + h) * chunks + c) * FQ + me];
-        if (!doc) return decay(sum, true);
-        const int *docs = doc + r * d.T + c * FQ;
-        return decay(sum, docs[min(me, (int)d.T - c * FQ - 1)] == (c > 0 ? docs[-1] : 0));
-    };
-    each_pair([&](float &u, float &v, int n, int p) {
-        bool there = g_final && n < d.N && p < P;
-        float2 s = there ? *(const float2 *)(g_final + head + n * P + p) : make_float2(0.0f, 0.0f);
-        u = s.x;
-        v = s.y;
-    });
-    load_tile<N, FP, PAD, 128>(sm.S, states + state(chunks - 1), P, d.N, P, me);
-    load_half(chunks - 1, 0);
-    cp_async_commit();
-    load_half(chunks - 1, 1);
-    cp_async_commit();
-    float next = from_start(chunks - 1);
-    for (int c = chunks - 1; c >= 0; c--) {
-        sm.from_start[me] = next;
-        cp_async_wait<1>();
-        __syncthreads();
-        if (c > 0) next = from_start(c - 1);
-        float through = sm.from_start[FQ - 1], sum = 0.0f;
-        each_pair([&](float &u, float &v, int n, int p) {
-            uint32_t *S = (uint32_t *)&sm.S[n * (FP + PAD) + p];
-            sum += low(*S) * u + high(*S) * v;
-            *S = pack(u, v);
-            u *= through;
-            v *= through;
-        });
-        sum = warp_sum(sum);
-        if (lane == 0) sm.part[warp] = sum;
-        __syncthreads();
-        if (me == 0) {
-            kappa[(r * chunks + c) * d.H + h] =
-                through * (sm.part[0] + sm.part[1] + sm.part[2] + sm.part[3]);
-        }
-        store_tile<N, FP, PAD, 128>(g_states + state(c), sm.S, P, d.N, P, me);
-        #pragma unroll 1
-        for (int half = 0; half < 2; half++) {
-            UNROLL for (int k = 0; k < HALF; k += 16) {
-                uint32_t a[MT][4], b[4];
-                float2 e0 = *(const float2 *)&sm.from_start[half * HALF + k + 2 * t4];
-                float2 e1 = *(const float2 *)&sm.from_start[half * HALF + k + 8 + 2 * t4];
-                UNROLL for (int i = 0; i < MT; i++) {
-                    load_a_t<N, PAD>(a[i], sm.C[half], k, n0 + 16 * i, lane);
-                    UNROLL for (int e = 0; e < 4; e++) {
-                        float2 f = e < 2 ? e0 : e1;
-                        a[i][e] = pack(low(a[i][e]) * f.x, high(a[i][e]) * f.y);
-                    }
-                }
-                UNROLL for (int j = 0; j < 8; j += 2) {
-                    load_b_t<FP, PAD>(b, sm.gy[half], k, 8 * j, lane);
-                    UNROLL for (int i = 0; i < MT; i++) {
-                        mma(acc[i][j], a[i], b);
-                        mma(acc[i][j + 1], a[i], b + 2);
-                    }
-                }
-            }
-            __syncthreads();                       // this half (and S, after the first) is free
-            if (c > 0) {
-                if (half == 0) {
-                    load_tile<N, FP, PAD, 128>(sm.S, states + state(c - 1), P, d.N, P, me);
-                }
-                load_half(c - 1, half);
-            }
-            cp_async_commit();
-            if (half == 0) {
-                cp_async_wait<1>();
-                __syncthreads();
-            }
-        }
-    }
-    if (!g_initial) return;
-    each_pair([&](float &u, float &v, int n, int p) {
-        if (n < d.N && p < P) *(float2 *)(g_initial + head + n * P + p) = make_float2(u, v);
-    });
-}
-
-// ---- backward 2: g_x, g_CB and the row sums of G -------------------------------------------------
-// A block (20 warps) per chunk and group loops over the heads of the group, with three roles in a
-// pipeline, one barrier a head:
-//   warps 18-19  copy x and g_y of head i + 2 and gS of head i + 1 to shared memory
-//   warps 8-17   head i + 1: each has one of the ten 32x32 blocks (s,l) on or above the diagonal:
-//                V = x g_y^T; g_CB^T += V o L dt; W = CB^T o L, to shared memory; row sums of G
-//   warps 0-7    head i: 16 rows s each: R = diag(exp(cs_last - cs)) B gS + W g_y; g_x; R . x
-// G is made of the rounded W, the one in R, so that row sums and the column sums in R . x cancel as they
-// must; CB stays in float here, or G would be rounded twice. L of a block above the diagonal is
-// exp2(cs_l - cs of the block's first l) exp2(that - cs of its last s) exp2(that - cs_s).
-constexpr int G_X_THREADS = 640;
-__device__ inline int tile_number(int i, int j) { return i * (17 - i) / 2 + j - i; }       // i <= j < 8
-template<int N> struct GxShared {
-    bf16 xy[3][2 * FQ * FP];                       // x, g_y of three heads; at first C and B
-    bf16 gS[2][N * FP];                            // of two heads
-    uint4 W[2][CB_TILES][32];                      // 16x16 tiles as operands A, of two heads
-    float4 CB[10][2][2][2][32];                    // of each block: ii, jj, n, lane
-    float cs[3][FQ], dt[3][FQ], s_decay[3][FQ], l_decay[3][FQ];
-    float rowsum[2][4][FQ], diagonal[2][4];        // by block of s
-    int doc[FQ];
-};
-
-template<int N>
-__global__ void __launch_bounds__(G_X_THREADS, 1)
-ssd_g_x_fast_kernel(bf16 *g_xBC, bf16 *g_CB, float *g_dts, float *rowsum, float *g_D_part,
-                    const bf16 *g_states, const bf16 *g_y, const bf16 *xBC, const float *cs,
-                    const float *dts, const float *D, const int *doc, Dims d) {
-    extern __shared__ __align__(128) unsigned char shared[];
-    GxShared<N> &sm = *(GxShared<N> *)shared;
-    int me = threadIdx.x, lane = me % 32, warp = __shfl_sync(~0u, me / 32, 0), g = lane / 4, t4 = lane % 4;
-    auto fresh = [&] {                             // addresses made of these are worked out again
-        lane = opaque(threadIdx.x) & 31;
-        g = lane / 4;
-        t4 = lane % 4;
-    };
-    int c = blockIdx.x, chunks = d.chunks, heads = d.H / d.G, first = blockIdx.y * heads;
-    int rows = min(FQ, (int)d.T - c * FQ), P = d.P;
-    size_t r = blockIdx.z, token = r * d.T + c * FQ, number = r * chunks + c;
-    const bf16 *C = sm.xy[1], *B = sm.xy[2];       // before the loop
-    auto step_at = [&](int h) { return ((r * d.H + h) * chunks + c) * FQ; };
-    auto all_meet = [] { barrier_wait(1, G_X_THREADS); };
-    if (warp >= 18) {                              // ---- copies ----
-        me -= 18 * 32;
-        auto load_xy = [&](int i) {
-            bf16 *to = sm.xy[i % 3];
-            size_t h = first + i;
-            load_tile<FQ, FP, 0, 64>(to, xBC + token * d.S + h * P, d.S, rows, P, me);
-            load_tile<FQ, FP, 0, 64>(to + FQ * FP, g_y + token * d.E + h * P, d.E, rows, P, me);
-        };
-        float next_cs[2], next_dt[2];
-        auto fetch_steps = [&](int i) {
-            UNROLL for (int k = 0; k < 2; k++) {
-                next_cs[k] = cs[step_at(first + i) + me + 64 * k];
-                next_dt[k] = dts[step_at(first + i) + me + 64 * k];
-            }
-        };
-        auto put_steps = [&](int i) {
-            UNROLL for (int k = 0; k < 2; k++) {
-                int t = me + 64 * k, now = sm.doc[t];
-                float a = __shfl_sync(~0u, next_cs[k], 0), z = __shfl_sync(~0u, next_cs[k], 31);
-                sm.cs[i % 3][t] = next_cs[k];
-                sm.dt[i % 3][t] = next_dt[k];
-                sm.s_decay[i % 3][t] = decay(z - next_cs[k], now == sm.doc[t | 31]);
-                sm.l_decay[i % 3][t] = decay(next_cs[k] - a, now == sm.doc[t & ~31]);
-            }
-        };
-        UNROLL for (int k = 0; k < 2; k++) {
-            int t = me + 64 * k;
-            sm.doc[t] = doc ? doc[token + min(t, rows - 1)] : 0;
-        }
-        __syncwarp();                              // a warp reads the documents of its own steps
-        const bf16 *from = xBC + token * d.S + d.E + blockIdx.y * d.N;
-        load_tile<FQ, N, 0, 64>(sm.xy[2], from, d.S, rows, d.N, me);
-        load_tile<FQ, N, 0, 64>(sm.xy[1], from + d.G * d.N, d.S, rows, d.N, me);
-        load_xy(0);
-        cp_async_commit();
-        fetch_steps(0);
-        put_steps(0);
-        cp_async_wait<0>();
-        all_meet();                                // B, C and head 0 are here
-        all_meet();                                // the others are done with C
-        for (int i = 0; i < heads; i++) {
-            const bf16 *gS = g_states + (number * d.H + first + i) * d.N * P;
-            load_tile<N, FP, 0, 64>(sm.gS[i % 2], gS, P, d.N, P, me);
-            if (i + 1 < heads) {
-                load_xy(i + 1);
-                fetch_steps(i + 1);
-            }
-            cp_async_commit();
-            if (i + 1 < heads) put_steps(i + 1);
-            cp_async_wait<0>();
-            all_meet();
-        }
-    } else if (warp >= 8) {                        // ---- blocks ----
-        int role = warp - 8, I = 0x3221101000 >> 4 * role & 3, J = 0x3233102321 >> 4 * role & 3;
-        bool on_diagonal = I == J;
-        all_meet();
-        bool joined = sm.doc[32 * J] == sm.doc[32 * I + 31];
-        UNROLL for (int ii = 0; ii < 2; ii++) {
-            UNROLL for (int jj = 0; jj < 2; jj++) {
-                float v[2][4] = {};
-                UNROLL for (int k = 0; k < N; k += 16) {
-                    uint32_t a[4], b[4];
-                    load_a<N, 0>(a, B, 32 * I + 16 * ii, k, lane);
-                    load_b<N, 0>(b, C, 32 * J + 16 * jj, k, lane);
-                    mma(v[0], a, b);
-                    mma(v[1], a, b + 2);
-                }
-                UNROLL for (int n = 0; n < 2; n++) {
-                    sm.CB[role][ii][jj][n][lane] = make_float4(v[n][0], v[n][1], v[n][2], v[n][3]);
-                }
-            }
-        }
-        float g_cb[2][2][2][4] = {};               // ii, jj, n: the sum over heads
-        all_meet();
-        #pragma unroll 1
-        for (int i = 0; i < heads; i++) {
-            fresh();
-            const bf16 *x = sm.xy[i % 3], *gy = x + FQ * FP;
-            const float *my_cs = sm.cs[i % 3], *my_dt = sm.dt[i % 3] + 32 * I;
-            const float *s_decay = sm.s_decay[i % 3] + 32 * I, *l_decay = sm.l_decay[i % 3] + 32 * J;
-            float sum[8] = {}, trace = 0.0f;
-            float between = on_diagonal ? 0.0f : decay(my_cs[32 * J] - my_cs[32 * I + 31], joined);
-            UNROLL for (int ii = 0; ii < 2; ii++) {
-                float v[2][2][4] = {};
-                UNROLL for (int k = 0; k < FP; k += 16) {
-                    uint32_t a[4], b[4];
-                    load_a<FP, 0>(a, x, 32 * I + 16 * ii, k, lane);
-                    UNROLL for (int jj = 0; jj < 2; jj++) {
-                        load_b<FP, 0>(b, gy, 32 * J + 16 * jj, k, lane);
-                        mma(v[jj][0], a, b);
-                        mma(v[jj][1], a, b + 2);
-                    }
-                }
-                int s = 16 * ii + g;               // in the block; the lane's other row is s + 8
-                float dt0 = my_dt[s], dt1 = my_dt[s + 8];
-                float f0 = between * s_decay[s], f1 = between * s_decay[s + 8];
-                UNROLL for (int jj = 0; jj < 2; jj++) {
-                    if (on_diagonal && ii > jj) continue;
-                    uint32_t w[4];
-                    UNROLL for (int n = 0; n < 2; n++) {
-                        float L[4], *V = v[jj][n], *to = g_cb[ii][jj][n], *sums = &sum[4 * jj + 2 * n];
-                        int l = 16 * jj + 8 * n + 2 * t4;
-                        if (on_diagonal) {
-                            UNROLL for (int e = 0; e < 4; e++) {
-                                int le = 32 * I + l + e % 2, se = 32 * I + s + e / 2 * 8;
-                                bool sees = le >= se && sm.doc[le] == sm.doc[se];
-                                L[e] = decay(my_cs[le] - my_cs[se], sees);
-                                if (le == se) trace += V[e];
-                            }
-                        } else {
-                            float2 f = *(const float2 *)&l_decay[l];
-                            L[0] = f0 * f.x;
-                            L[1] = f0 * f.y;
-                            L[2] = f1 * f.x;
-                            L[3] = f1 * f.y;
-                        }
-                        float4 cb = sm.CB[role][ii][jj][n][lane];
-                        w[2 * n] = pack(cb.x * L[0], cb.y * L[1]);
-                        w[2 * n + 1] = pack(cb.z * L[2], cb.w * L[3]);
-                        float v0 = V[0] * dt0, v1 = V[1] * dt0, v2 = V[2] * dt1, v3 = V[3] * dt1;
-                        to[0] += v0 * L[0];
-                        to[1] += v1 * L[1];
-                        to[2] += v2 * L[2];
-                        to[3] += v3 * L[3];
-                        sums[0] += v0 * low(w[2 * n]) + v2 * low(w[2 * n + 1]);
-                        sums[1] += v1 * high(w[2 * n]) + v3 * high(w[2 * n + 1]);
-                    }
-                    sm.W[i % 2][tile_number(2 * I + ii, 2 * J + jj)][lane] = make_uint4(w[0], w[1], w[2], w[3]);
-                }
-            }
-            // 8 columns a thread, 8 threads a column: halve until each has the sum of column number g
-            UNROLL for (int half = 4; half; half /= 2) {
-                bool up = g & half;
-                UNROLL for (int k = 0; k < half; k++) {
-                    float give = up ? sum[k] : sum[k + half], keep = up ? sum[k + half] : sum[k];
-                    sum[k] = keep + __shfl_xor_sync(~0u, give, 4 * half);
-                }
-            }
-            sm.rowsum[i % 2][I][32 * J + g / 2 * 8 + 2 * t4 + g % 2] = sum[0];
-            if (on_diagonal) {
-                trace = warp_sum(trace);           // of x g_y^T: for g_D
-                if (lane == 0) sm.diagonal[i % 2][I] = trace;
-            }
-            all_meet();                            // W of this head is there, and the next head's x, g_y
-        }
-        uint32_t *out = (uint32_t *)(g_CB + (number * d.G + blockIdx.y) * FQ * FQ);        // (s,l)
-        UNROLL for (int m = 0; m < 8; m++) {
-            int ii = m / 4, jj = m / 2 % 2, n = m % 2, column = (16 * jj + 8 * n) / 2 + t4;
-            UNROLL for (int e = 0; e < 2; e++) {
-                float *v = &g_cb[ii][jj][n][2 * e];
-                int row = 16 * ii + g + 8 * e;
-                uint32_t pair = on_diagonal && ii > jj ? 0u : pack(v[0], v[1]);
-                out[(32 * I + row) * (FQ / 2) + 16 * J + column] = pair;
-                if (!on_diagonal) out[(32 * J + row) * (FQ / 2) + 16 * I + column] = 0u;
-            }
-        }
-    } else {                                       // ---- rows ----
-        // warps w and w + 4 share a scheduler: long and short rows together
-        int tile = warp < 4 ? warp : 11 - warp, s0 = 16 * tile;
-        all_meet();
-        uint32_t b_rows[N / 16][4];                // B, 16 rows, as operands A
-        UNROLL for (int k = 0; k < N / 16; k++) {
-            load_a<N, 0>(b_rows[k], B, s0, 16 * k, lane);
-        }
-        all_meet();
-        #pragma unroll 1
-        for (int i = 0; i < heads; i++) {
-            all_meet();                            // W and gS of this head are here
-            fresh();
-            bf16 *x = sm.xy[i % 3];
-            const bf16 *gy = x + FQ * FP, *gS = sm.gS[i % 2];
-            const float *my_cs = sm.cs[i % 3];
-            size_t h = first + i;
-            float R[8][4] = {}, dt[2], Rx[2] = {}, skip = D[h];
-            UNROLL for (int k = 0; k < N; k += 16) {
-                UNROLL for (int j = 0; j < 8; j += 2) {
-                    uint32_t b[4];
-                    load_b_t<FP, 0>(b, gS, k, 8 * j, lane);
-                    mma(R[j], b_rows[k / 16], b);
-                    mma(R[j + 1], b_rows[k / 16], b + 2);
-                }
-            }
-            UNROLL for (int e = 0; e < 2; e++) {
-                int s = s0 + g + 8 * e;
-                dt[e] = sm.dt[i % 3][s];
-                float to_end = decay(my_cs[FQ - 1] - my_cs[s], sm.doc[s] == sm.doc[FQ - 1]);
-                UNROLL for (int j = 0; j < 8; j++) {
-                    R[j][2 * e] *= to_end;
-                    R[j][2 * e + 1] *= to_end;
-                }
-            }
-            fresh();
-            const uint4 *W = &sm.W[i % 2][tile_number(tile, tile)][lane];
-            uint4 next = *W;
-            #pragma unroll 1
-            for (int l = s0; l < FQ; l += 16) {
-                uint32_t a[4] = {next.x, next.y, next.z, next.w}, b[4];
-                if (l + 16 < FQ) next = *(W += 32);
-                UNROLL for (int j = 0; j < 8; j += 2) {
-                    load_b_t<FP, 0>(b, gy, l, 8 * j, lane);
-                    mma(R[j], a, b);
-                    mma(R[j + 1], a, b + 2);
-                }
-            }
-            fresh();
-            UNROLL for (int k = 0; k < 4; k++) {   // R . x, and g_x through this warp's rows of x
-                uint32_t xa[4], ya[4];
-                load_a<FP, 0>(xa, x, s0, 16 * k, lane);
-                load_a<FP, 0>(ya, gy, s0, 16 * k, lane);
-                __syncwarp();                      // every lane has read these columns
-                UNROLL for (int m = 0; m < 4; m++) {
-                    int j = 2 * k + m / 2, e = m % 2;
-                    float *v = &R[j][2 * e];
-                    Rx[e] += v[0] * low(xa[m]) + v[1] * high(xa[m]);
-                    *(uint32_t *)&x[at<FP, 0>(s0 + 8 * e, 8 * j, g, 2 * t4)] =
-                        pack(dt[e] * v[0] + skip * low(ya[m]), dt[e] * v[1] + skip * high(ya[m]));
-                }
-            }
-            UNROLL for (int e = 0; e < 2; e++) {
-                int s = s0 + g + 8 * e;
-                float dot = quad_sum(Rx[e]);
-                float sum = quad_sum(t4 <= tile / 2 ? sm.rowsum[i % 2][t4][s] : 0.0f);
-                if (t4 == 0) {
-                    g_dts[step_at(h) + s] = dot;
-                    rowsum[step_at(h) + s] = sum;
-                }
-            }
-            __syncwarp();
-            bf16 *to = g_xBC + (token + s0) * d.S + h * P;
-            store_tile<16, FP, 0, 32>(to, x + s0 * FP, d.S, rows - s0, P, lane);
-            if (threadIdx.x == 0) {
-                const float *part = sm.diagonal[i % 2];
-                g_D_part[number * d.H + h] = part[0] + part[1] + (part[2] + part[3]);
-            }
-        }
-    }
-}
-
-// ---- backward 3 and 4: g_C with pi, and g_B ------------------------------------------------------
-// A block (8 warps of 32 rows x N/2) per chunk and group: the product with g_CB in two steps, then a
-// step for every head, all in one accumulator, so that two blocks fit on a multiprocessor. Rows are
-// scaled in the operand A. C . (a head's part) is the growth of C . accumulator.
-template<int N, bool OF_C> struct GbcShared {
-    static constexpr int PADDED = OF_C && N > 64 ? PAD : 0;        // permuting takes registers
-    static constexpr int A = FQ * (HALF + PADDED);                 // (Q,64), or of g_CB (64,Q)
-    static constexpr int B = N * (HALF + PAD);                     // (64,N), or of a state (N,64)
-    bf16 a[2][A], b[2][B], C[OF_C ? FQ * (N + PADDED) : 8];
-    float scale[2][FQ], dots[3][2][FQ];            // dots: C . accumulator, by half of the columns;
-};                                                 // three, as a difference is read while one is written
-
-template<int N, bool OF_C>
-__global__ void __launch_bounds__(256, 2)
-ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, const bf16 *g_CB, const bf16 *states, const bf16 *g_y,
-                     const bf16 *xBC, const float *cs, const float *dts, const int *doc, Dims d) {
-    extern __shared__ __align__(128) unsigned char shared[];
-    typedef GbcShared<N, OF_C> Shared;
-    Shared &sm = *(Shared *)shared;
-    constexpr int J = N / 16, PADDED = Shared::PADDED;
-    int me = threadIdx.x, lane = me % 32, warp = me / 32, g = lane / 4, t4 = lane % 4;
-    int m0 = warp / 2 * 32, n0 = warp % 2 * (N / 2);
-    int c = blockIdx.x, chunks = d.chunks, heads = d.H / d.G, first = blockIdx.y * heads, P = d.P;
-    int rows = min(FQ, (int)d.T - c * FQ), steps = 2 + heads;
-    size_t r = blockIdx.z, token = r * d.T + c * FQ, number = r * chunks + c;
-    const bf16 *B = xBC + token * d.S + d.E + blockIdx.y * d.N, *C = B + d.G * d.N;
-    g_CB += (number * d.G + blockIdx.y) * FQ * FQ; // (s,l)
-    auto step_at = [&](int i) { return ((r * d.H + first + i - 2) * chunks + c) * FQ; };
-    auto load = [&](int i) {                       // the operands of step i
-        bf16 *a = sm.a[i % 2], *b = sm.b[i % 2];
-        if (i < 2) {                               // g_C = g_CB B, stored transposed; g_B = g_CB^T C
-            const bf16 *in = (OF_C ? B : C) + i * HALF * d.S;
-            if (OF_C) load_tile<HALF, FQ, PADDED, 256>(a, g_CB + i * HALF * FQ, FQ, HALF, FQ, me);
-            else load_tile<FQ, HALF, PADDED, 256>(a, g_CB + i * HALF, FQ, FQ, HALF, me);
-            load_tile<HALF, N, PADDED, 256>(b, in, d.S, rows - i * HALF, d.N, me);
-        } else {                                   // g_C += g_y S^T; g_B += x gS^T
-            size_t h = first + i - 2;
-            const bf16 *in = OF_C ? g_y + token * d.E + h * P : xBC + token * d.S + h * P;
-            load_tile<FQ, FP, PADDED, 256>(a, in, OF_C ? d.E : d.S, rows, P, me);
-            load_tile<N, FP, PADDED, 256>(b, states + (number * d.H + h) * d.N * P, P, d.N, P, me);
-        }
-        cp_async_commit();
-    };
-    float mine = 0.0f, last = 0.0f, dt = 0.0f;     // what the scale of the next step is made of
-    bool same = true;
-    if (doc && me < FQ) {
-        const int *docs = doc + token;
-        int other = OF_C ? (c > 0 ? docs[-1] : 0) : docs[rows - 1];
-        same = docs[min(me, rows - 1)] == other;
-    }
-    auto fetch = [&](int i) {
-        if (i < 2 || me >= FQ) return;
-        mine = cs[step_at(i) + me];
-        if (OF_C) return;
-        last = cs[step_at(i) + FQ - 1];
-        dt = dts[step_at(i) + me];
-    };
-    auto put = [&](int i) {
-        if (me < FQ) sm.scale[i % 2][me] = OF_C ? decay(mine, same) : dt * decay(last - mine, same);
-    };
-    auto finish = [&](int i) {
-        if (!OF_C || i < 2 || me >= FQ) return;
-        float (*now)[FQ] = sm.dots[i % 3], (*before)[FQ] = sm.dots[(i - 1) % 3];
-        pi[step_at(i) + me] = now[0][me] - before[0][me] + (now[1][me] - before[1][me]);
-    };
-    if (OF_C) load_tile<FQ, N, PADDED, 256>(sm.C, C, d.S, rows, d.N, me);
-    load(0);
-    put(0);
-    float acc[2][J][4] = {};
-    for (int i = 0; i < steps; i++) {
-        cp_async_wait<0>();
-        __syncthreads();                           // step i is here; everyone is done with step i - 1
-        if (i > 0) finish(i - 1);
-        if (i + 1 < steps) {
-            load(i + 1);
-            fetch(i + 1);
-        }
-        const bf16 *sa = sm.a[i % 2], *sb = sm.b[i % 2];
-        float f[2][2];
-        UNROLL for (int m = 0; m < 4; m++) {
-            f[m / 2][m % 2] = i < 2 ? 1.0f : sm.scale[i % 2][m0 + 8 * m + g];
-        }
-        _Pragma("unroll 2") for (int k = 0; k < HALF; k += 16) {
-            uint32_t a[2][4], b[4];
-            UNROLL for (int m = 0; m < 2; m++) {
-                if (OF_C && i < 2) {
-                    load_a_t<FQ, PADDED>(a[m], sa, k, m0 + 16 * m, lane);
-                    continue;
-                }
-                load_a<HALF, PADDED>(a[m], sa, m0 + 16 * m, k, lane);
-                UNROLL for (int e = 0; e < 4; e++) {
-                    a[m][e] = pack(low(a[m][e]) * f[m][e % 2], high(a[m][e]) * f[m][e % 2]);
-                }
-            }
-            UNROLL for (int j = 0; j < J; j += 2) {
-                if (i < 2) load_b_t<N, PADDED>(b, sb, k, n0 + 8 * j, lane);
-                else load_b<FP, PADDED>(b, sb, n0 + 8 * j, k, lane);
-                UNROLL for (int m = 0; m < 2; m++) {
-                    mma(acc[m][j], a[m], b);
-                    mma(acc[m][j + 1], a[m], b + 2);
-                }
-            }
-        }
-        if (OF_C) {
-            UNROLL for (int m = 0; m < 4; m++) {
-                float dot = 0.0f;
-                UNROLL for (int j = 0; j < J; j++) {
-                    int place = at<N, PADDED>(m0 + 8 * m, n0 + 8 * j, g, 2 * t4);
-                    uint32_t pair = *(const uint32_t *)&sm.C[place];
-                    const float *v = &acc[m / 2][j][m % 2 * 2];
-                    dot += v[0] * low(pair) + v[1] * high(pair);
-                }
-                dot = quad_sum(dot);
-                if (t4 == 0) sm.dots[i % 3][warp % 2][m0 + 8 * m + g] = dot;
-            }
-        }
-        if (i + 1 < steps) put(i + 1);
-    }
-    __syncthreads();
-    finish(steps - 1);
-    bf16 *out = (bf16 *)shared;                    // (Q,N) through shared memory, for 16-byte stores
-    UNROLL for (int m = 0; m < 4; m++) {
-        UNROLL for (int j = 0; j < J; j++) {
-            const float *v = &acc[m / 2][j][m % 2 * 2];
-            int place = at<N, PADDED>(m0 + 8 * m, n0 + 8 * j, g, 2 * t4);
-            *(uint32_t *)&out[place] = pack(v[0], v[1]);
-        }
-    }
-    __syncthreads();
-    bf16 *to = g_xBC + token * d.S + d.E + ((OF_C ? d.G : 0) + blockIdx.y) * d.N;
-    store_tile<FQ, N, PADDED, 256>(to, out, d.S, rows, d.N, me);
-}
+#include "dev/cuda/ssd_fast.cuh"          // the same steps, for the shapes of most models
 
 // ---- launchers -----------------------------------------------------------------------------------
 
@@ -2942,11 +1932,12 @@ struct Model {
     float *weights, *grads, *mean, *square;            // the same as blocks
     ParamsOf<floatX> x;                    // the weights in floatX: w itself when that is float
     floatX *copies;
-    Acts<floatX> a;
+    Acts<floatX> a, acts;                  // acts: as allocated; those of --carry trade places in a
     floatX *g_branch;                      // g_resid (n,M) in floatX
     int *ids, *targets, *docs, *plan;      // of the micro-batch; plan: embed_plan
     const int *doc;                        // docs, or NULL
     int *host_plan;
+    float *host_losses;
 };
 
 // Pointers to all tensors of a block, of which each begins at a multiple of 16 elements.
@@ -3020,9 +2011,10 @@ static void open_acts(Model<floatX> *m, cpu::Model *host) {
     device_specs(m, host->d);
     for (size_t k = 0; k < cpu::ACT_COUNT; k++) {
         size_t bytes = m->act_specs[k].count * act_size<floatX>(&m->act_specs[k]);
-        ((char **)&m->a)[k] = device_alloc<char>(bytes);
-        CUDA(cudaMemsetAsync(((char **)&m->a)[k], 0, bytes, stream));
+        ((char **)&m->acts)[k] = device_alloc<char>(bytes);
+        CUDA(cudaMemsetAsync(((char **)&m->acts)[k], 0, bytes, stream));
     }
+    m->a = m->acts;
     size_t n = m->d.n;
     m->g_branch = device_alloc<floatX>(n * m->d.M);
     m->ids = device_alloc<int>(n);
@@ -3030,6 +2022,20 @@ static void open_acts(Model<floatX> *m, cpu::Model *host) {
     m->docs = device_alloc<int>(n);
     m->plan = device_alloc<int>(embed_plan_size(n));
     m->host_plan = (int *)cpu::alloc(embed_plan_size(n), sizeof(int));
+    m->host_losses = (float *)cpu::alloc(n, sizeof(float));
+}
+
+template<typename floatX>
+static void close_acts(Model<floatX> *m) {
+    for (size_t k = 0; k < cpu::ACT_COUNT; k++) {
+        CUDA(cudaFree(((char **)&m->acts)[k]));
+    }
+    for (int *p : {m->ids, m->targets, m->docs, m->plan}) {
+        CUDA(cudaFree(p));
+    }
+    CUDA(cudaFree(m->g_branch));
+    free(m->host_plan);
+    free(m->host_losses);
 }
 
 template<typename floatX>
@@ -3101,7 +2107,9 @@ static void lap(const char *name) {        // --profile: when the GPU is done, n
 
 // The residual stream after a branch: the one before it plus in (n,I) weight (M,I)^T
 template<typename floatX>
-static float *after(const Model<floatX> *m, float *resid) { return resid + m->d.n * m->d.M; }
+static float *after(const Model<floatX> *m, float *resid) {
+    return resid + m->act_specs[0].shape[1] * m->d.M;
+}
 
 template<typename floatX>
 static void add_branch(const Model<floatX> *m, float *resid, const floatX *in, const floatX *weight,
@@ -3206,7 +2214,7 @@ static double model_loss(Model<floatX> *m, int backward) {
     if (backward && !host->add) zero_grads(m);
     classifier(d, a.losses, backward ? a.g_u : (floatX *)NULL, g_head, a.logits,
                host->all_logits, a.hidden, head, m->targets, host->scale, host->add); lap("classifier");
-    CUDA(cudaMemcpyAsync(host->a.losses, a.losses, n * sizeof(float), cudaMemcpyDeviceToHost, stream));
+    CUDA(cudaMemcpyAsync(m->host_losses, a.losses, n * sizeof(float), cudaMemcpyDeviceToHost, stream));
     if (backward) {
         watch(m, d->L, 1);
         CUDA(cudaMemsetAsync(a.g_resid, 0, n * d->M * sizeof(float), stream));
@@ -3224,7 +2232,7 @@ static double model_loss(Model<floatX> *m, int backward) {
     CUDA(cudaStreamSynchronize(stream));
     double sum = 0;
     for (size_t i = 0; i < n; i++) {
-        sum += (double)host->a.losses[i];
+        sum += (double)m->host_losses[i];
     }
     return sum / (double)n;
 }
@@ -3246,6 +2254,53 @@ static void adamw(Model<floatX> *m, double lr, double grad_scale, cpu::Int t) {
     }
 }
 
+// ---- generation ----------------------------------------------------------------------------------
+// The prompt goes through the parallel form, in pieces; then each token is one step of the recurrence.
+
+template<typename floatX>
+struct Sampler {
+    cpu::Model view;                       // one row of at most `most` tokens
+    Model<floatX> m;
+    size_t most;
+    float *logits, *device_logits;         // (V)
+
+    Sampler(const Model<floatX> *trained, const cpu::Model *host, size_t most) : m(*trained), most(most) {
+        memset(&view, 0, sizeof view);
+        view.d = host->d;
+        view.d.Q = 128;
+        cpu::dims_batch(&view.d, 1, most);
+        view.d.lanes = view.d.kept = 1;
+        open_acts(&m, &view);
+        logits = (float *)cpu::alloc(m.d.V, sizeof(float));
+        device_logits = device_alloc<float>(m.d.V);
+    }
+    ~Sampler() {
+        close_acts(&m);
+        CUDA(cudaFree(device_logits));
+        free(logits);
+    }
+    // Takes in tokens and gives the logits after the last one.
+    const float *feed(const int *ids, size_t count) {
+        size_t step = view.recurrent ? 1 : most;
+        for (size_t i = 0; i < count; i += step) {
+            cpu::dims_batch(&view.d, 1, count - i < step ? count - i : step);
+            m.d = Dims(view.d);
+            view.ids = ids + i;
+            model_hidden(&m);
+            if (!view.recurrent) swap_states(&m);
+        }
+        const floatX *head = view.d.tied ? m.x.embedding : m.x.lm_head;
+        linear_forward(device_logits, m.a.hidden + (m.d.n - 1) * m.d.M, head, 1, m.d.M, m.d.V, 0);
+        download(logits, device_logits, 1, m.d.V, m.d.V);
+        return logits;
+    }
+    void step_mode() {                     // from here on one token at a time, states in place
+        view.recurrent = 1;
+        m.a.carried_new = m.a.carried;
+        m.a.past_new = m.a.past;
+    }
+};
+
 // ---- the functions of cpu::Backend, for floatX ---------------------------------------------------
 template<typename floatX>
 struct Device {
@@ -3264,7 +2319,8 @@ struct Device {
         float **blocks[] = {&m->weights, &m->grads, &m->mean, &m->square};
         const float *from[] = {host->weights, NULL, host->mean, host->square};
         ParamsOf<float> *params[] = {&m->w, &m->g, &m->m, &m->v};
-        for (int i = 0; i < 4; i++) {
+        int training = host->grads != NULL;
+        for (int i = 0; i < (training ? 4 : 1); i++) {
             *blocks[i] = device_alloc<float>(host->size);
             *params[i] = params_at(*blocks[i], m->specs);
             CUDA(cudaMemsetAsync(*blocks[i], 0, host->size * sizeof(float), stream));
@@ -3282,6 +2338,26 @@ struct Device {
         if (!host->d.lanes) return;
         upload(m->a.past, host->a.past, count("past"));
         upload(m->a.carried, host->a.carried, count("carried"));
+    }
+
+    // Prints up to `count` tokens after the prompt: cpu::generate, with the logits from the GPU.
+    static void generate(const cpu::Model *host, const cpu::Tokenizer *tok, const int *prompt,
+                         size_t prompt_size, cpu::Int count, uint64_t stream_of) {
+        const cpu::Flags &f = cpu::flags;
+        Sampler<floatX> s(&model, host, prompt_size < 256 ? prompt_size : 256);
+        const float *logits = s.feed(prompt, prompt_size);
+        s.step_mode();
+        for (cpu::Int i = 0; i < count; i++) {
+            double u = cpu::random_uniform((uint64_t)f.seed, stream_of, (uint64_t)i);
+            int id = cpu::sample(logits, host->d.vocab, f.temperature, f.top_k, f.top_p, u);
+            size_t size;
+            if (id == tok->eot) break;
+            const char *piece = cpu::tokenizer_piece(tok, id, &size);
+            fwrite(piece, 1, size, stdout);
+            fflush(stdout);
+            if (ferror(stdout)) break;
+            if (i + 1 < count) logits = s.feed(&id, 1);
+        }
     }
 
     static double loss(cpu::Model *, int backward) { return model_loss(&model, backward); }
@@ -3333,6 +2409,8 @@ static bool in_bf16() { return !strcmp(cpu::flags.dtype, "bf16"); }
 
 // Which GPU, and can this program run on it? ARCH is what nvcc compiled for, times 10.
 static void gpu_start() {
+    if (!cpu::given[cpu::FLAG_dtype]) cpu::flags.dtype = "bf16";
+    if (!cpu::flags.chunk_size) cpu::flags.chunk_size = 128;
     int count = 0, device = (int)cpu::flags.device;
     cudaError_t error = cudaGetDeviceCount(&count);
     CHECK(!error && count > 0, "no GPU: %s; train_mamba2 is the program for the CPU",
@@ -3349,14 +2427,10 @@ static void gpu_start() {
 }
 
 static void gpu_open(cpu::Model *m) {
-    if (!stream) gpu_start();
     Dims d(m->d);
-    printf("GPU      %s matrix products, %s kernels for SSD\n", in_bf16() ? "bf16" : "float32",
-           in_bf16() && ssd_is_fast(&d) ? "fast" : "general");
-    if (in_bf16() && !ssd_is_fast(&d)) {
-        printf("         this shape has no fast SSD kernels, which take chunks of 128, headdim up to "
-               "64 and d_state up to 128,\n         both multiples of 8, and 227 KB of shared memory: "
-               "SSD takes about 10 times as long\n");
+    if (in_bf16() && m->grads && !ssd_is_fast(&d)) {
+        fprintf(stderr, "note: SSD takes about 10 times as long in this shape; the fast kernels take "
+                "chunks of 128, headdim up to 64 and d_state up to 128, both multiples of 8\n");
     }
     in_bf16() ? Device<bf16>::open(m) : Device<float>::open(m);
 }
@@ -3376,6 +2450,12 @@ static void gpu_fetch(cpu::Model *m) {
     in_bf16() ? Device<bf16>::fetch(m) : Device<float>::fetch(m);
 }
 
+static void gpu_generate(const cpu::Model *m, const cpu::Tokenizer *tok, const int *prompt, size_t size,
+                         cpu::Int count, uint64_t stream_of) {
+    in_bf16() ? Device<bf16>::generate(m, tok, prompt, size, count, stream_of)
+              : Device<float>::generate(m, tok, prompt, size, count, stream_of);
+}
+
 // The datasheet's dense bf16 rate, so that a worse kernel cannot raise the percentage; 0 when unknown
 static double gpu_peak() {
     cudaDeviceProp p;
@@ -3389,7 +2469,8 @@ static double gpu_peak() {
 }
 
 static const cpu::Backend gpu_backend = {
-    "GPU", gpu_open, gpu_loss, gpu_norm, gpu_update, gpu_carry, gpu_fetch, gpu_peak
+    "GPU", gpu_start, gpu_open, gpu_loss, gpu_norm, gpu_update, gpu_carry, gpu_fetch, gpu_generate,
+    gpu_peak, NULL
 };
 
 #ifndef TESTING

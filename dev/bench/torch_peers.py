@@ -8,8 +8,8 @@ The peers, all in float32 with fused AdamW and clipping:
     compile   the same under torch.compile (some minutes of compiling at 130m)
     hf        Hugging Face's Mamba2ForCausalLM, its torch path
 
-Everybody's steps are interleaved, round by round; the table has medians of tokens per second. Before
-that, the einsum form is checked against Hugging Face's logits.
+Everybody's steps are interleaved, round by round; the table has medians of tokens per second.
+Before that, the einsum form is checked against Hugging Face's logits.
 """
 import argparse
 import json
@@ -25,6 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import transformers
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "reference"))
@@ -126,11 +127,12 @@ class Einsum(nn.Module):                # parameters have Hugging Face's names
         return self.backbone(ids) @ self.backbone.embeddings.weight.T
 
 
-# ---- Peers: step() trains on one batch and returns the loss ----------------------------------------
+# ---- Peers: step() trains on one batch and returns the loss --------------------------------------
 
 def hf_model(c, chunk):
     config = {k: v for k, v in mamba2.to_json(c).items() if k != "torch_dtype"}
-    return transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**config | {"chunk_size": chunk}))
+    config = transformers.Mamba2Config(**config | {"chunk_size": chunk})
+    return transformers.Mamba2ForCausalLM(config)
 
 
 def check_einsum(c, chunk, ids):
@@ -170,12 +172,13 @@ def run_ours(path, c, R, T, steps, threads, flags):
     """Tokens per second of every step but the first, from our program's log."""
     with tempfile.TemporaryDirectory() as tmp:
         write_shard(f"{tmp}/tokens.bin", torch.randint(0, min(c.V, 65536), (4*R*T + 1,)))
-        command = [path, "--data", f"{tmp}/tokens.bin", "--d-model", c.M, "--n-layer", c.L,
+        command = ["--data", f"{tmp}/tokens.bin", "--d-model", c.M, "--n-layer", c.L,
                    "--d-state", c.N, "--headdim", c.P, "--vocab-size", c.V, "--batch", R,
                    "--seq-len", T, "--steps", steps + 1, "--lr", 1e-4, "--eval-every", 0,
                    "--save-every", 0, "--sample-every", 0, "--plot", 0, "--threads", threads,
                    "--out", f"{tmp}/out", *flags]
-        subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([os.path.abspath(path), *map(str, command)], check=True,
+                       stdout=subprocess.DEVNULL)
         with open(f"{tmp}/out/log.jsonl") as f:
             lines = [json.loads(line) for line in f]
     return [line["tokens_per_s"] for line in lines if "loss" in line][1:]
@@ -198,7 +201,11 @@ def main():
     ids, targets = tokens[:, :-1], tokens[:, 1:]
     check_einsum(SHAPES["tiny"][0], 32, torch.randint(0, 272, (2, 128)))
 
-    peers, speeds = {}, {name: [] for name in (["ours"] if args.ours else [])}
+    flags = args.flags.split()
+    peers, speeds = {}, {}
+    if args.ours:                       # a first run, to fail early and to warm up
+        speeds["ours"] = []
+        run_ours(args.ours, c, R, T, 1, args.threads, flags)
     for name in filter(None, args.peers.split(",")):
         peers[name], speeds[name] = make_peer(name, c, args.chunk, ids, targets), []
         start = time.time()
@@ -206,8 +213,7 @@ def main():
         print(f"{name}: first step {time.time() - start:.1f} s", flush=True)
     for _ in range(args.rounds):
         if args.ours:
-            speeds["ours"] += run_ours(args.ours, c, R, T, args.steps, args.threads,
-                                       args.flags.split())
+            speeds["ours"] += run_ours(args.ours, c, R, T, args.steps, args.threads, flags)
         for name, step in peers.items():
             for _ in range(1 if name == "hf" else args.steps):
                 start = time.perf_counter()

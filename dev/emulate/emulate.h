@@ -441,7 +441,7 @@ EMU_ENGINE void check_shared(const char *file, int line) {
                   file, line, b->static_size, dynamic, limit);
 }
 template<class T> struct Shared {       // one __shared__ declaration
-    T *p;
+    char *p;
     unsigned long serial;               // of the block that it was made for
     EMU_ENGINE T &get(EMU_HERE) {
         Block *b = block;
@@ -449,9 +449,9 @@ template<class T> struct Shared {       // one __shared__ declaration
             serial = b->serial;
             b->static_size += sizeof(T);
             check_shared(file, line);
-            new_shared((char *&)p, sizeof(T));
+            new_shared(p, sizeof(T));
         }
-        return *p;
+        return *(T *)p;
     }
 };
 template<class T> T *dynamic_shared() { return (T *)block->dynamic; }

@@ -41,11 +41,12 @@ inline cudaError_t wrong(cudaError_t e, const char *call, const char *why) {
 
 // ---- memory -------------------------------------------------------------------------------------
 struct Allocation { size_t size, mapped; };             // mapped: 0, or bytes of address space
-inline std::map<char *, Allocation> device_memory, pinned_memory;
+typedef std::map<char *, Allocation> Memory;
+inline Memory &device_memory = *new Memory, &pinned_memory = *new Memory;   // outlive the program
 inline size_t device_used = 0;
 
 // The allocation that p points into, and what is left of it from there; {nullptr, 0} if none.
-inline std::pair<char *, size_t> find(const std::map<char *, Allocation> &memory, const void *p) {
+inline std::pair<char *, size_t> find(const Memory &memory, const void *p) {
     auto it = memory.upper_bound((char *)p);
     if (it == memory.begin()) return {nullptr, 0};
     --it;
@@ -231,8 +232,9 @@ inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned = 0) {
     if (e->capture) { emu::stream_of(s)->capture = e->capture; return cudaSuccess; }    // joins it
     if (!e->number) return cudaSuccess;
-    auto [stream, number] = std::pair(e->stream, e->number);
-    return emu::enqueue(s, [=] { emu::finish(stream, number); });
+    cudaStream_t awaited = e->stream;
+    uint64_t number = e->number;
+    return emu::enqueue(s, [=] { emu::finish(awaited, number); });
 }
 
 // A graph is the list of what the captured streams were given, in the order of issue.

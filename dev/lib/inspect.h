@@ -31,10 +31,12 @@ static void dump_layer(void *watcher, size_t l, int part) {
         int late = !strcmp(s->name, "g_zxBCdt") || !strcmp(s->name, "g_u")
                 || !strcmp(s->name, "g_resid");
         if (part == 0 && s->shape_text[1] == 'K')
-            dump_tensor(dump, str("act.layers.%zu.%s", l, s->name), s->rank - 1, s->shape + 1, data);
+            dump_tensor(dump, str("act.layers.%zu.%s", l, s->name), s->rank - 1, s->shape + 1,
+                        data);
         if (part > 0 && !strncmp(s->name, "g_", 2) && strcmp(s->name, "g_states")
             && late == (part == 2))
-            dump_tensor(dump, str("grad.act.layers.%zu.%s", l, s->name + 2), s->rank, s->shape, data);
+            dump_tensor(dump, str("grad.act.layers.%zu.%s", l, s->name + 2), s->rank, s->shape,
+                        data);
     }
 }
 
@@ -118,7 +120,8 @@ static int compare_dump(Run *run) {
         for (size_t k = 0; k < x->rank; k++) put(&shape, "%s%zu", k ? "," : "", x->shape[k]);
         int good = d.relative <= bound;
         printf("%-44s %-16s %10.2e %10.2e", x->name, shape.data, d.most, d.relative);
-        if (base_path) printf(" %10.2e %6.2f", b.relative, b.relative > 0 ? d.relative/b.relative : 0);
+        if (base_path) printf(" %10.2e %6.2f", b.relative, b.relative > 0 ? d.relative/b.relative
+                              : 0);
         printf("%s\n", good ? "" : bad ? "  FAIL" : "  FAIL, first divergence");
         bad += !good;
         free(shape.data), free(ours), free(theirs);

@@ -7,7 +7,8 @@
 typedef struct { char name[112]; size_t rank, shape[5], count; real *data; } Tensor;
 typedef struct { Tensor *list; size_t count, room; } Tensors;
 
-static void tensors_add(Tensors *t, const char *name, size_t rank, const size_t *shape, real *data) {
+static void tensors_add(Tensors *t, const char *name, size_t rank, const size_t *shape,
+                        real *data) {
     if (t->count == t->room) {
         t->room = 2*t->room + 64;
         t->list = (Tensor *)realloc(t->list, t->room*sizeof(Tensor));
@@ -70,7 +71,8 @@ static Range tensor_range(const TensorFile *f, const Json *entry, const char *na
     const Json *offsets = json_expect(json_get(entry, "data_offsets"), JSON_ARRAY, f->path, name);
     CHECK(offsets->span == 3, "%s: %s has no two data_offsets", f->path, name);
     Range r = { json_size(offsets + 1, f->path, name), json_size(offsets + 2, f->path, name) };
-    CHECK(r.begin <= r.end && r.end <= f->size - f->start, "%s: %s lies at bytes %zu to %zu, beyond "
+    CHECK(r.begin <= r.end && r.end <= f->size - f->start, "%s: %s lies at bytes %zu to %zu, "
+          "beyond "
           "the end: the file is cut off or damaged", f->path, name, r.begin, r.end);
     return r;
 }
@@ -94,7 +96,8 @@ static TensorFile tensor_file_open(const char *path) {
     CHECK(f.size >= 10, "%s: %zu bytes are no safetensors file", path, f.size);
     uint64_t header;
     memcpy(&header, f.data, 8);
-    CHECK(header <= 100000000 && header <= f.size - 8, "%s: a header of %" PRIu64 " bytes in a file "
+    CHECK(header <= 100000000 && header <= f.size - 8, "%s: a header of %" PRIu64 " bytes in a "
+          "file "
           "of %zu: no safetensors file, or cut off", path, header, f.size);
     f.start = 8 + (size_t)header;
     f.header = json_parse(path, f.data + 8, (size_t)header);
@@ -104,13 +107,15 @@ static TensorFile tensor_file_open(const char *path) {
     Range *ranges = (Range *)alloc(count, sizeof(Range));
     count = 0;
     JSON_EACH(key, f.header)
-        if (strcmp(key->text, "__metadata__")) ranges[count++] = tensor_range(&f, key + 1, key->text);
+        if (strcmp(key->text, "__metadata__")) ranges[count++] = tensor_range(&f, key + 1,
+                                                                              key->text);
     qsort(ranges, count, sizeof(Range), compare_ranges);
     for (size_t i = 0; i < count; i++) {
         CHECK(ranges[i].begin == end, "%s: tensors overlap or leave a gap at byte %zu", path, end);
         end = ranges[i].end;
     }
-    CHECK(end == f.size - f.start, "%s: %zu bytes behind the last tensor", path, f.size - f.start - end);
+    CHECK(end == f.size - f.start, "%s: %zu bytes behind the last tensor", path,
+          f.size - f.start - end);
     free(ranges);
     return f;
 }
@@ -135,14 +140,16 @@ static const char *tensor_bytes(const TensorFile *f, const Json *entry, const Te
     put(&found, "shape"), put(&want, "shape");
     JSON_EACH(s, shape) put(&found, " %.*s", (int)s->size, s->text);
     for (size_t i = 0; i < x->rank; i++) put(&want, " %zu", x->shape[i]);
-    CHECK(!strcmp(found.data, want.data), "%s: %s has %s, expected %s", f->path, x->name, found.data,
+    CHECK(!strcmp(found.data, want.data), "%s: %s has %s, expected %s", f->path, x->name,
+          found.data,
           want.data);
     free(found.data), free(want.data);
     *dtype = json_string(entry, f->path, "dtype", "nothing");
     size_t size = dtype_size(*dtype);
     Range r = tensor_range(f, entry, x->name);
     CHECK(size, "%s: %s has the type %s, expected F32, F64, F16 or BF16", f->path, x->name, *dtype);
-    CHECK(r.end - r.begin == x->count*size, "%s: %s takes %zu bytes, expected %zu", f->path, x->name,
+    CHECK(r.end - r.begin == x->count*size, "%s: %s takes %zu bytes, expected %zu", f->path,
+          x->name,
           r.end - r.begin, x->count*size);
     return f->data + f->start + r.begin;
 }
