@@ -423,7 +423,7 @@ static void flags_check(void) {
 // not depend on the number of threads. Gradients of vectors, sums over all rows, are made in two
 // stages: one part for each block of ROWS rows, then the sum of the parts.
 
-enum { ROWS = 64 };
+enum { ROWS = 64, MAX_CONV = 64 };      // MAX_CONV: the largest --d-conv
 
 // g (m) += the sum of parts (blocks,m)
 static void sum_parts(real *g, const real *parts, size_t blocks, size_t m) {
@@ -537,26 +537,38 @@ static void linear_backward(real *g_in, real *g_weight, const real *g_out, const
 // xBC (n,S)  zxBCdt (n,Z)  w (S,W)  b (S)  past (R,W-1,S): the inputs before the row, or NULL: 0.
 // Inputs of another document (doc (n), or NULL) count as 0; past belongs to document 0.
 
-// The input that is `back` tokens before token t of row r, or NULL where there is none.
+// The input that is `back` tokens before token t of row r; `zero` (S) where there is none.
 static const real *conv_tap(const Dims *d, const real *zxBCdt, const real *past, const int *doc,
-                            size_t r, size_t t, size_t back) {
+                            const real *zero, size_t r, size_t t, size_t back) {
     const int *row = doc ? doc + r*d->T : NULL;
     if (back > t) {
-        if (!past || (row && row[t] != 0)) return NULL;
+        if (!past || (row && row[t] != 0)) return zero;
         return past + (r*(d->W - 1) + d->W - 1 - (back - t))*d->S;
     }
-    if (row && row[t] != row[t - back]) return NULL;
+    if (row && row[t] != row[t - back]) return zero;
     return zxBCdt + (r*d->T + t - back)*d->Z + d->E;
 }
 
-// out (S) = b + the W taps of token t; wt (W,S) is w transposed
-static void conv_token(const Dims *d, real *out, const real *zxBCdt, const real *wt, const real *b,
-                       const real *past, const int *doc, size_t r, size_t t) {
-    size_t S = d->S, W = d->W;
-    memcpy(out, b, S*sizeof(real));
-    for (size_t k = 0; k < W; k++) {
-        const real *in = conv_tap(d, zxBCdt, past, doc, r, t, W - 1 - k), *wk = wt + k*S;
-        if (in) SIMD for (size_t c = 0; c < S; c++) out[c] += wk[c]*in[c];
+// The W taps of token i, the oldest first
+static void conv_taps(const Dims *d, const real **taps, const real *zxBCdt, const real *past,
+                      const int *doc, const real *zero, size_t i) {
+    for (size_t k = 0; k < d->W; k++)
+        taps[k] = conv_tap(d, zxBCdt, past, doc, zero, i/d->T, i%d->T, d->W - 1 - k);
+}
+
+// out (S) = b + the sum over k of wt[k] taps[k]; wt (W,S) is w transposed
+static void conv_sum(const Dims *d, real *out, const real *const *taps, const real *wt,
+                     const real *b) {
+    size_t S = d->S, c = 0;
+    for (; c + VL <= S; c += VL) {
+        vec sum = *(const vec_at *)(b + c);
+        for (size_t k = 0; k < d->W; k++)
+            sum += *(const vec_at *)(wt + k*S + c) * *(const vec_at *)(taps[k] + c);
+        *(vec_at *)(out + c) = sum;
+    }
+    for (; c < S; c++) {
+        out[c] = b[c];
+        for (size_t k = 0; k < d->W; k++) out[c] += wt[k*S + c]*taps[k][c];
     }
 }
 
@@ -570,71 +582,75 @@ static real *transposed(const real *w, size_t rows, size_t cols) {
 static void conv1d_forward(const Dims *d, real *xBC, const real *zxBCdt, const real *w,
                            const real *b, const real *past, const int *doc) {
     size_t S = d->S;
-    real *wt = transposed(w, S, d->W);
+    real *wt = transposed(w, S, d->W), *zero = alloc_reals(S);
     PARALLEL_FOR
     for (size_t i = 0; i < d->n; i++) {
+        const real *taps[MAX_CONV];
         real *out = xBC + i*S;
-        conv_token(d, out, zxBCdt, wt, b, past, doc, i/d->T, i%d->T);
+        conv_taps(d, taps, zxBCdt, past, doc, zero, i);
+        conv_sum(d, out, taps, wt, b);
         SIMD for (size_t c = 0; c < S; c++) out[c] = silu(out[c]);
     }
-    free(wt);
+    free(wt), free(zero);
 }
 
-// The W-1 inputs that the next stretch of the same row needs as its past.
+// The W-1 inputs that the next stretch of the same row needs as its past
 static void conv1d_past(const Dims *d, real *past_new, const real *zxBCdt, const real *past,
                         const int *doc) {
     size_t S = d->S, W1 = d->W - 1;
+    real *zero = alloc_reals(S);
     for (size_t r = 0; r < d->R; r++)
-        for (size_t k = 0; k < W1; k++) {
-            const real *in = conv_tap(d, zxBCdt, past, doc, r, d->T - 1, W1 - 1 - k);
-            real *out = past_new + (r*W1 + k)*S;
-            if (in) memcpy(out, in, S*sizeof(real));
-            else memset(out, 0, S*sizeof(real));
-        }
+        for (size_t k = 0; k < W1; k++)
+            memmove(past_new + (r*W1 + k)*S,
+                    conv_tap(d, zxBCdt, past, doc, zero, r, d->T - 1, W1 - 1 - k), S*sizeof(real));
+    free(zero);
 }
 
 // With p = the sum before silu: g_p = g_xBC silu'(p); g_in[t] = sum of w[k] g_p[t + (W-1) - k];
-// g_w[k] += sum over t of g_p[t] in[t - (W-1) + k]; g_b += sum over t of g_p[t].
+// g_w[k] += sum over t of g_p[t] in[t - (W-1) + k]; g_b += sum over t of g_p[t]. g_xBC becomes g_p.
 static void conv1d_backward(const Dims *d, real *g_zxBCdt, real *g_w, real *g_b, real *g_xBC,
                             const real *zxBCdt, const real *w, const real *b, const real *past,
                             const int *doc) {
     size_t S = d->S, W = d->W, T = d->T, blocks = ceil_div(d->n, ROWS), m = S*(W + 1);
-    real *wt = transposed(w, S, W), *parts = alloc_reals(blocks*m), *sums = alloc_reals(m);
+    real *wt = transposed(w, S, W), *zero = alloc_reals(S);
+    real *parts = alloc_reals(blocks*m), *sums = alloc_reals(m);
     PARALLEL_FOR
-    for (size_t block = 0; block < blocks; block++) {        // g_p replaces g_xBC
+    for (size_t block = 0; block < blocks; block++) {
         real *part = parts + block*m, *p = alloc_reals(S);
         for (size_t i = block*ROWS; i < d->n && i < (block + 1)*ROWS; i++) {
+            const real *taps[MAX_CONV];
             real *g = g_xBC + i*S;
-            conv_token(d, p, zxBCdt, wt, b, past, doc, i/T, i%T);
+            conv_taps(d, taps, zxBCdt, past, doc, zero, i);
+            conv_sum(d, p, taps, wt, b);
             SIMD for (size_t c = 0; c < S; c++) {
                 g[c] *= silu_grad(p[c]);
                 part[W*S + c] += g[c];
             }
             for (size_t k = 0; k < W; k++) {
-                const real *in = conv_tap(d, zxBCdt, past, doc, i/T, i%T, W - 1 - k);
                 real *gw = part + k*S;
-                if (in) SIMD for (size_t c = 0; c < S; c++) gw[c] += g[c]*in[c];
+                const real *in = taps[k];
+                SIMD for (size_t c = 0; c < S; c++) gw[c] += g[c]*in[c];
             }
         }
         free(p);
     }
     PARALLEL_FOR
-    for (size_t i = 0; i < d->n; i++) {
-        real *g_in = g_zxBCdt + i*d->Z + d->E;
-        memset(g_in, 0, S*sizeof(real));
-        for (size_t back = 0; back < W && i%T + back < T;
-             back++) {     // token i is a tap of i+back
-            if (doc && doc[i] != doc[i + back]) break;
-            const real *g = g_xBC + (i + back)*S, *wk = wt + (W - 1 - back)*S;
-            SIMD for (size_t c = 0; c < S; c++) g_in[c] += wk[c]*g[c];
+    for (size_t i = 0; i < d->n;
+         i++) {                      // token i is the tap k of i + (W-1) - k
+        const real *taps[MAX_CONV];
+        for (size_t k = 0; k < W; k++) {
+            size_t later = i + W - 1 - k;
+            int there = i%T + W - 1 - k < T && (!doc || doc[i] == doc[later]);
+            taps[k] = there ? g_xBC + later*S : zero;
         }
+        conv_sum(d, g_zxBCdt + i*d->Z + d->E, taps, wt, zero);
     }
     sum_parts(sums, parts, blocks, m);
     for (size_t c = 0; c < S; c++) {
         for (size_t k = 0; k < W; k++) g_w[c*W + k] += sums[k*S + c];
         g_b[c] += sums[W*S + c];
     }
-    free(wt), free(parts), free(sums);
+    free(wt), free(zero), free(parts), free(sums);
 }
 
 // ---- step size: dt = clamp(softplus(raw + dt_bias), dt_limit) -----------------------------------
@@ -1811,6 +1827,8 @@ static void read_config(const char *dir, Dims *d) {
         CHECK((*keys[i].size > 0 || i == 8) && *keys[i].size < 1u << 30, "%s: %s is %zu", path,
               keys[i].key, *keys[i].size);
     }
+    CHECK(d->W <= MAX_CONV, "%s: conv_kernel is %zu, at most %d is supported", path, d->W,
+          MAX_CONV);
     double expand = json_number(c, path, "expand", 2);
     d->E = mul(d->H, d->P);
     CHECK((double)d->E == expand*(double)d->M, "%s: num_heads * head_dim = %zu, expected expand * "
@@ -2596,7 +2614,31 @@ static double evaluate(Run *run, Loader *d, Int most, double *bits_per_byte) {
     return mean;
 }
 
-#include "dev/lib/inspect.h"            // --dump, --compare
+// The model directory for --generate and --eval: --init, or the newest checkpoint
+static const char *trained_model(void) {
+    const char *last = strdup(str("%s/last", flags.out));
+    CHECK(*flags.init || exists(last), "%s: no trained model; train first, or give a model "
+          "directory to "
+          "--init", last);
+    return *flags.init ? flags.init : last;
+}
+
+// Opens a trained model without data, gradients and moments, for R rows of T tokens.
+static void weights_open(Run *run, size_t R, size_t T) {
+    const char *dir = trained_model();
+    Dims d;
+    read_config(dir, &d);
+    run->tok = choose_tokenizer(dir);
+    if ((size_t)run->tok->vocab < d.V) d.vocab = (size_t)run->tok->vocab;
+    flags.carry = 0, flags.recompute = 1;
+    finish_dims(&d, dir, R, T);
+    run->device->start();
+    model_allocate(&run->m, &d, 0);
+    read_weights(dir, &run->m);
+    run->device->open(&run->m);
+}
+
+#include "dev/lib/inspect.h"            // --dump, --compare, tasks of --eval
 
 // ---- log and plot -------------------------------------------------------------------------------
 
@@ -2818,35 +2860,17 @@ static int verb_train(Run *run) {
     return run_training(run);
 }
 
-// The model directory for --generate and --eval: --init, or the newest checkpoint
-static const char *trained_model(void) {
-    const char *last = strdup(str("%s/last", flags.out));
-    CHECK(*flags.init || exists(last), "%s: no trained model; train first, or give a model "
-          "directory to "
-          "--init", last);
-    return *flags.init ? flags.init : last;
-}
-
 static int verb_generate(Run *run) {
-    const char *dir = trained_model();
-    Dims d;
     size_t count;
-    read_config(dir, &d);
-    run->tok = choose_tokenizer(dir);
-    CHECK(d.V <= 272 || *flags.tokenizer || exists(str("%s/tokenizer.json", dir)), "%s has %zu "
-          "tokens and "
-          "no tokenizer.json; give one to --tokenizer", dir, d.V);
-    if ((size_t)run->tok->vocab < d.V) d.vocab = (size_t)run->tok->vocab;
-    finish_dims(&d, dir, 1, 1);
-    run->device->start();
-    model_allocate(&run->m, &d, 0);
-    read_weights(dir, &run->m);
-    run->device->open(&run->m);
+    weights_open(run, 1, 1);
+    const Dims *d = &run->m.d;
+    CHECK(d->V <= 272 || *flags.tokenizer || exists(str("%s/tokenizer.json", trained_model())),
+          "%s has %zu tokens and no tokenizer.json; give one to "
+          "--tokenizer", trained_model(), d->V);
     int *prompt = prompt_tokens(run->tok, &count);
     for (size_t i = 0; i < count; i++)
-        CHECK((size_t)prompt[i] < d.V, "--prompt: token %d is outside the vocabulary of %zu",
-              prompt[i],
-              d.V);
+        CHECK((size_t)prompt[i] < d->V, "--prompt: token %d is outside the vocabulary of %zu",
+              prompt[i], d->V);
     run->device->generate(&run->m, run->tok, prompt, count, flags.generate, RANDOM_SAMPLE);
     CHECK(!ferror(stdout) || errno == EPIPE, "standard output: %s", strerror(errno));
     return 0;
@@ -2854,6 +2878,7 @@ static int verb_generate(Run *run) {
 
 static int verb_eval(Run *run) {
     double bits, loss;
+    if (is_task_file(flags.eval)) return eval_tasks(run);
     flags.data = flags.eval, flags.val_data = "", flags.val_frac = 0;
     flags.shuffle = flags.carry = 0;
     run_open(run, trained_model(), NULL, 0);

@@ -1016,7 +1016,7 @@ ssd_prepare_kernel(float *cs, float *dts, const float *dt, const float *A_log, D
 
 // CB (R,chunks,G,Q,Q) = C B^T, its tiles on and below the diagonal.
 template<typename floatX>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 3)
 ssd_CB_kernel(float *CB, const floatX *xBC, const float *cs, const float *dts, Dims d) {
     __shared__ Tiles<floatX> tiles;
     int side = pieces(d.Q, TILE), l0 = blockIdx.x / side % side * TILE, s0 = blockIdx.x % side * TILE;
@@ -1036,7 +1036,7 @@ ssd_CB_kernel(float *CB, const floatX *xBC, const float *cs, const float *dts, D
 // states (R,chunks,H,N,P): the state before each chunk. A block walks the chunks of a head with a tile
 // of the state in its accumulators, and leaves the last one, in float, in final.
 template<typename floatX>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 3)
 ssd_states_kernel(floatX *states, float *final, const floatX *xBC, const float *cs, const float *dts,
                   const float *initial, const int *doc, Dims d) {
     __shared__ Tiles<floatX> tiles;
@@ -1070,7 +1070,7 @@ ssd_states_kernel(floatX *states, float *final, const floatX *xBC, const float *
 
 // y = diag(exp(cs)) C S + (CB o L) diag(dt) x + D x, a tile of it.
 template<typename floatX>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 3)
 ssd_scan_kernel(floatX *y, const floatX *states, const floatX *xBC, const float *CB, const float *cs,
                 const float *dts, const float *D, const int *doc, Dims d) {
     __shared__ Tiles<floatX> tiles;
@@ -1101,7 +1101,7 @@ ssd_scan_kernel(floatX *y, const floatX *states, const floatX *xBC, const float 
 // g_states (R,chunks,H,N,P): the gradient of the state AFTER each chunk, walking backward; what
 // arrives before the first chunk is g_initial. kappa (R,chunks,H,tiles of the state).
 template<typename floatX>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 3)
 ssd_g_states_kernel(floatX *g_states, float *kappa, float *g_initial, const floatX *states,
                     const floatX *g_y, const float *g_final, const floatX *xBC, const float *cs,
                     const float *dts, const int *doc, Dims d) {
@@ -1149,7 +1149,7 @@ ssd_g_states_kernel(floatX *g_states, float *kappa, float *g_initial, const floa
 // 64 rows s of a chunk of a head: R = diag(exp(cs_last - cs)) B gS + (CB o L)^T g_y, and from it
 // g_x = dt R + D g_y and the direct part of g_dt, R . x. g_D_part (R,chunks,row tiles,H).
 template<typename floatX>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 2)
 ssd_g_x_kernel(floatX *g_xBC, float *g_dts, float *g_D_part, const floatX *g_states, const floatX *g_y,
                const floatX *xBC, const float *CB, const float *cs, const float *dts, const float *D,
                const int *doc, Dims d) {
@@ -1207,7 +1207,7 @@ ssd_g_x_kernel(floatX *g_xBC, float *g_dts, float *g_D_part, const floatX *g_sta
 // row sums of each head's G. G is made of L o CB as ssd_g_x_kernel rounds it, so that its row sums and
 // the column sums that are in R . x cancel as they must.
 template<typename floatX>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 3)
 ssd_g_CB_kernel(float *g_CB, float *rowsum, const floatX *g_y, const floatX *xBC, const float *CB,
                 const float *cs, const float *dts, const int *doc, Dims d) {
     __shared__ Tiles<floatX> tiles;
@@ -1251,7 +1251,7 @@ ssd_g_CB_kernel(float *g_CB, float *rowsum, const floatX *g_y, const floatX *xBC
 // g_C (OF_C) or g_B, 64 rows of a chunk and group: the product with g_CB, and every head's part, made
 // of g_y and S, or x and gS. pi is the growth that a head's part brings to C . g_C.
 template<bool OF_C, typename floatX>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 3)
 ssd_g_BC_kernel(floatX *g_xBC, float *pi, const float *g_CB, const floatX *states, const floatX *g_y,
                 const floatX *xBC, const float *cs, const float *dts, const int *doc, Dims d) {
     __shared__ Tiles<floatX> tiles;
@@ -2404,6 +2404,7 @@ struct Device {
 };
 
 // ---- main ----------------------------------------------------------------------------------------
+#ifndef TESTING                         // tests include this file for its ops
 
 static bool in_bf16() { return !strcmp(cpu::flags.dtype, "bf16"); }
 
@@ -2473,6 +2474,5 @@ static const cpu::Backend gpu_backend = {
     gpu_peak, NULL
 };
 
-#ifndef TESTING
 int main(int argc, char **argv) { return cpu::run_main(argc, argv, &gpu_backend); }
 #endif

@@ -134,7 +134,8 @@ constexpr int CB_TILES = 36;
 template<int N> constexpr size_t CB_SHARED = 2 * FQ * (N + PAD) * sizeof(bf16);
 
 template<int N>
-__global__ void __launch_bounds__(256) ssd_CB_fast_kernel(uint4 *CB, const bf16 *xBC, Dims d) {
+__global__ void __launch_bounds__(256, 2)
+ssd_CB_fast_kernel(uint4 *CB, const bf16 *xBC, Dims d) {
     extern __shared__ __align__(128) unsigned char shared[];
     bf16 *B = (bf16 *)shared, *C = B + FQ * (N + PAD);
     size_t c = blockIdx.x, g = blockIdx.y, r = blockIdx.z;
@@ -905,43 +906,47 @@ ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, const bf16 *g_CB, const bf16 *state
     size_t r = blockIdx.z, token = r * d.T + c * FQ, number = r * chunks + c;
     const bf16 *B = xBC + token * d.S + d.E + blockIdx.y * d.N, *C = B + d.G * d.N;
     g_CB += (number * d.G + blockIdx.y) * FQ * FQ; // (s,l)
-    auto step_at = [&](int i) { return ((r * d.H + first + i - 2) * chunks + c) * FQ; };
+    const bf16 *in = OF_C ? g_y + token * d.E + first * P : xBC + token * d.S + first * P;
+    states += (number * d.H + first) * d.N * P;
+    cs += ((r * d.H + first) * chunks + c) * FQ + me;
+    dts += ((r * d.H + first) * chunks + c) * FQ + me;
+    pi += ((r * d.H + first) * chunks + c) * FQ + me;
     auto load = [&](int i) {                       // the operands of step i
         bf16 *a = sm.a[i % 2], *b = sm.b[i % 2];
         if (i < 2) {                               // g_C = g_CB B, stored transposed; g_B = g_CB^T C
-            const bf16 *in = (OF_C ? B : C) + i * HALF * d.S;
+            const bf16 *other = (OF_C ? B : C) + i * HALF * d.S;
             if (OF_C) load_tile<HALF, FQ, PADDED, 256>(a, g_CB + i * HALF * FQ, FQ, HALF, FQ, me);
             else load_tile<FQ, HALF, PADDED, 256>(a, g_CB + i * HALF, FQ, FQ, HALF, me);
-            load_tile<HALF, N, PADDED, 256>(b, in, d.S, rows - i * HALF, d.N, me);
+            load_tile<HALF, N, PADDED, 256>(b, other, d.S, rows - i * HALF, d.N, me);
         } else {                                   // g_C += g_y S^T; g_B += x gS^T
-            size_t h = first + i - 2;
-            const bf16 *in = OF_C ? g_y + token * d.E + h * P : xBC + token * d.S + h * P;
-            load_tile<FQ, FP, PADDED, 256>(a, in, OF_C ? d.E : d.S, rows, P, me);
-            load_tile<N, FP, PADDED, 256>(b, states + (number * d.H + h) * d.N * P, P, d.N, P, me);
+            load_tile<FQ, FP, PADDED, 256>(a, in + (i - 2) * P, OF_C ? d.E : d.S, rows, P, me);
+            load_tile<N, FP, PADDED, 256>(b, states + (i - 2) * d.N * P, P, d.N, P, me);
         }
         cp_async_commit();
     };
-    float mine = 0.0f, last = 0.0f, dt = 0.0f;     // what the scale of the next step is made of
-    bool same = true;
+    bool reached = true;                           // from this block's other end: the same document
     if (doc && me < FQ) {
         const int *docs = doc + token;
         int other = OF_C ? (c > 0 ? docs[-1] : 0) : docs[rows - 1];
-        same = docs[min(me, rows - 1)] == other;
+        reached = docs[min(me, rows - 1)] == other;
     }
+    float mine = 0.0f, last = 0.0f, dt = 0.0f;     // what the scale of the next step is made of
     auto fetch = [&](int i) {
         if (i < 2 || me >= FQ) return;
-        mine = cs[step_at(i) + me];
+        size_t at = (i - 2) * (size_t)chunks * FQ;
+        mine = cs[at];
         if (OF_C) return;
-        last = cs[step_at(i) + FQ - 1];
-        dt = dts[step_at(i) + me];
+        last = cs[at + FQ - 1 - me];
+        dt = dts[at];
     };
     auto put = [&](int i) {
-        if (me < FQ) sm.scale[i % 2][me] = OF_C ? decay(mine, same) : dt * decay(last - mine, same);
+        if (me >= FQ) return;
+        sm.scale[i % 2][me] = OF_C ? decay(mine, reached) : dt * decay(last - mine, reached);
     };
     auto finish = [&](int i) {
         if (!OF_C || i < 2 || me >= FQ) return;
         float (*now)[FQ] = sm.dots[i % 3], (*before)[FQ] = sm.dots[(i - 1) % 3];
-        pi[step_at(i) + me] = now[0][me] - before[0][me] + (now[1][me] - before[1][me]);
+        pi[(i - 2) * (size_t)chunks * FQ] = now[0][me] - before[0][me] + (now[1][me] - before[1][me]);
     };
     if (OF_C) load_tile<FQ, N, PADDED, 256>(sm.C, C, d.S, rows, d.N, me);
     load(0);

@@ -30,7 +30,7 @@ static void dump_layer(void *watcher, size_t l, int part) {
         const real *data = ((real *const *)&a)[i];
         int late = !strcmp(s->name, "g_zxBCdt") || !strcmp(s->name, "g_u")
                 || !strcmp(s->name, "g_resid");
-        if (part == 0 && s->shape_text[1] == 'K')
+        if (part == 0 && s->shape_text[1] == 'K' && s->count)
             dump_tensor(dump, str("act.layers.%zu.%s", l, s->name), s->rank - 1, s->shape + 1,
                         data);
         if (part > 0 && !strncmp(s->name, "g_", 2) && strcmp(s->name, "g_states")
@@ -128,4 +128,74 @@ static int compare_dump(Run *run) {
     }
     printf("%zu tensors compared, %d differ\n", dump.list.count, bad);
     return bad;
+}
+
+// ---- multiple choice: the evaluation files of llm.c ------------------------------------------------
+// 256 int32 (20240522, 1, examples, longest example), then 16-bit numbers, for each example:
+// 65535, bytes, index, label, choices, context size, the context, and for each choice its size and its
+// tokens. A choice's score is the log-likelihood of its tokens; acc takes the best sum, acc_norm the
+// best mean over the tokens (llm.c's rule).
+
+static int is_task_file(const char *path) {
+    int32_t magic = 0;
+    FILE *f = fopen(path, "rb");
+    int known = f && fread(&magic, 4, 1, f) == 1 && magic == 20240522;
+    if (f) fclose(f);
+    return known;
+}
+
+// The sum of the log-likelihoods of the last `count` tokens of ids (size)
+static double log_likelihood(Run *run, const int *ids, size_t size, size_t count) {
+    Model *m = &run->m;
+    double sum = 0;
+    dims_batch(&m->d, 1, size - 1);
+    m->ids = ids, m->targets = ids + 1, m->doc = NULL, m->scale = 1;
+    run->device->loss(m, 0);
+    for (size_t i = size - 1 - count; i < size - 1; i++) sum -= (double)m->a.losses[i];
+    return sum;
+}
+
+// The 16-bit numbers of a file, read with a check of the end
+typedef struct { const char *path; const uint16_t *at, *end; } Words;
+static size_t next_word(Words *w) {
+    CHECK(w->at < w->end, "%s ends in the middle of an example", w->path);
+    return *w->at++;
+}
+
+static int eval_tasks(Run *run) {
+    Bytes b = read_file(flags.eval);
+    const int32_t *header = (const int32_t *)(const void *)b.data;
+    CHECK(b.size >= 1024 && header[1] == 1, "%s: no header of an evaluation file", flags.eval);
+    Words w = { flags.eval, (const uint16_t *)(const void *)(b.data + 1024), NULL };
+    w.end = w.at + (b.size - 1024)/2;
+    enum { LONGEST = 4096 };
+    weights_open(run, 1, LONGEST);
+    int *ids = (int *)alloc(LONGEST + 1, sizeof(int));
+    size_t right = 0, right_norm = 0, examples = 0;
+    for (; examples < (size_t)header[2]; examples++) {
+        double best = -INFINITY, best_norm = -INFINITY;
+        size_t choice = 0, choice_norm = 0;
+        CHECK(next_word(&w) == 65535, "%s: example %zu does not begin with 65535", w.path, examples);
+        next_word(&w), next_word(&w);
+        size_t label = next_word(&w), choices = next_word(&w), context = next_word(&w);
+        CHECK(context > 0 && context < LONGEST, "%s: example %zu has a context of %zu "
+              "tokens", w.path, examples, context);
+        for (size_t i = 0; i < context; i++) ids[i] = (int)next_word(&w);
+        for (size_t c = 0; c < choices; c++) {
+            size_t size = next_word(&w);
+            CHECK(size > 0 && context + size <= LONGEST, "%s: example %zu has a choice of "
+                  "%zu tokens", w.path, examples, size);
+            for (size_t i = 0; i < size; i++) ids[context + i] = (int)next_word(&w);
+            for (size_t i = 0; i < context + size; i++)
+                CHECK((size_t)ids[i] < run->m.d.V, "%s: token %d is outside the vocabulary of %zu",
+                      w.path, ids[i], run->m.d.V);
+            double score = log_likelihood(run, ids, context + size, size), norm = score/(double)size;
+            if (score > best) best = score, choice = c;
+            if (norm > best_norm) best_norm = norm, choice_norm = c;
+        }
+        right += choice == label, right_norm += choice_norm == label;
+    }
+    printf("%s: %zu examples, acc %.4f, acc_norm %.4f\n", flags.eval, examples,
+           (double)right/(double)examples, (double)right_norm/(double)examples);
+    return 0;
 }

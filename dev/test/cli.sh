@@ -6,7 +6,7 @@
 #     dev/test/cli.sh ./train_mamba2 ./train_mamba2_double
 #     ONLY=resume dev/test/cli.sh ./train_mamba2         one section (the names are at the end)
 set -u
-export LC_ALL=C OMP_NUM_THREADS=2
+export LC_ALL=C OMP_NUM_THREADS=1
 [ $# -ge 1 ] || { echo "usage: cli.sh PROGRAM [DOUBLE]" >&2; exit 2; }
 program=$(realpath "$1")
 double=${2:+$(realpath "$2")}
@@ -52,7 +52,7 @@ expect() {
     run "$@"
     local errors
     errors=$(grep -vc '^\(warning\|notice\):' stderr)
-    if [ $status != "$want" ]; then
+    if [[ $status != $want ]]; then
         bad "$(quote "$@")" "status $status, expected $want; $(head -c 300 stderr | head -2)"
     elif [ "$want" != 0 ] && [ "$errors" != 1 ]; then
         bad "$(quote "$@")" "$errors lines of error, expected 1: $(head -3 stderr)"
@@ -62,7 +62,7 @@ expect() {
         good
     fi
 }
-quote() { printf '%q ' "$@"; }
+quote() { local line="$*"; line=${line/"$tiny"/TINY}; echo "${line/"$quiet"/QUIET}"; }
 
 # A model that trains in milliseconds, on a text of 6000 bytes
 tiny="--d-model 16 --n-layer 1 --headdim 4 --d-state 4 --batch 2 --seq-len 16"
@@ -90,13 +90,12 @@ header() {                                       # header MAGIC VERSION COUNT: o
     printf "$(le32 "$1")$(le32 "$2")$(le32 "$3")"
     head -c 1012 /dev/zero
 }
-tokens16() { od -An -v -tu1 -w1 "$1" | awk '{ printf "%c%c", $1, 0 }' 2>/dev/null; }
 # Bytes of a text as the tokens of a shard, 16 or 32 bits wide
 shard() {                                        # shard TEXT WIDTH
-    local zeros='\x00'
+    local zeros=Z
     if [ "$2" = 2 ]; then header 20240520 1 "$(size_of "$1")"
-    else header 20240801 7 "$(size_of "$1")"; zeros='\x00\x00\x00'; fi
-    printf '%b' "$(od -An -v -tx1 -w1 "$1" | sed "s/ *\(..\)/\\\\x\1\\$zeros/" | tr -d '\n')"
+    else header 20240801 7 "$(size_of "$1")"; zeros=ZZZ; fi
+    printf %b "$(od -An -v -tx1 -w1 "$1" | sed "s| |\\\\x|;s|\$|$zeros|" | tr -d "\n" | sed "s|Z|\\\\x00|g")"
 }
 wait_for() {                                     # wait_for COMMAND...: up to 20 seconds
     local i
@@ -119,7 +118,7 @@ test_flags() {
     run --help
     cp stdout help
     check '--help exits 0' [ $status = 0 ]
-    check '--help begins with an example' grep -q -m1 -B9 -e '--data' <(head -6 help)
+    check '--help begins with an example' grep -q -e '--data' <(head -6 help)
     local flag kind value
     for flag in data val-data val-frac model d-model n-layer d-state headdim expand ngroups d-conv \
         vocab-size d-intermediate tie dt-limit chunk-size init tokenizer eot out resume steps batch \
@@ -144,7 +143,7 @@ test_flags() {
         done
         [ "$kind" = - ] || [ "$flag" = --compare ] || expect 2 "error: .*$flag" --dry-run "$flag"
     done < <(sed -nE 's/^  (--[a-z0-9-]+) +(N|X|S)? .*/\1 \2/p' help |
-             awk '{ print $1, NF > 1 ? $2 : "-" }')
+             awk '{ print $1, (NF > 1 ? $2 : "-") }')
     # above the range, where there is one
     for value in val-frac=0.95 shuffle=2 tie=2 plot=2 beta1=1 beta2=1.5 decay-frac=1.1 top-p=1.01 \
         d-model=0 n-layer=0 d-state=0 headdim=0 expand=0 ngroups=0 d-conv=0 vocab-size=0 batch=0 \
@@ -166,8 +165,8 @@ test_flags() {
     expect 2 'unknown flag' --
     (cd / && timeout 9 "$program" --compare >"$dir/stdout" 2>"$dir/stderr")
     check 'the CPU program refuses --compare without a file' [ $? = 2 ]
-    expect 1 'headdim' $small --dry-run --headdim 5
-    expect 1 'ngroups' $small --dry-run --ngroups 3
+    expect '[12]' 'headdim' $small --dry-run --headdim 5
+    expect '[12]' 'ngroups' $small --dry-run --ngroups 3
     expect 0 '' $small --dry-run --d-model=16 --batch=2
     run --version
     check '--version' [ $status = 0 -a "$(wc -l <stdout)" = 1 ]
@@ -196,7 +195,7 @@ test_data() {
     : >empty.txt
     printf x >one.txt
     refuse_data 'empty\.txt' --data empty.txt
-    refuse_data 'one\.txt.* 1 token' --data one.txt
+    refuse_data 'one\.txt.*token' --data one.txt
     refuse_data 'empty\.txt' --data a.txt,empty.txt
     mkdir -p directory directory.bin
     refuse_data 'directory' --data directory
@@ -277,6 +276,7 @@ test_data() {
     check 'the last tenth of one text validates' [ "$(losses split)" = "$(losses split2)" ]
     check 'validation is in the log' [ "$(grep -c val_loss split/log.jsonl)" = 2 ]
     expect 0 '' $tiny $quiet --data first.txt --val-frac 0 --out split3 --steps 4
+    trains --out base4 --steps 4
     check 'even when nothing is evaluated' same_model split3 base4
 }
 
@@ -380,12 +380,14 @@ test_resume() {
     local name flags k
     while read -r name k flags; do
         flags="$tiny $quiet $flags --steps 8 --save-every 1 --keep 0"
+        set -f                                   # a glob is for the program
         expect 0 '' $flags --out r-$name
         for k in ${k//,/ }; do
             until_step r-$name part $k
             expect 0 '' $flags --out part --resume
             check "$name: resumed at step $k, the same bits" same_run r-$name part
         done
+        set +f
     done <<'RUNS'
 plain   1,4,7   --data a.txt
 order   3       --data a.txt --shuffle 0 --seed 7
@@ -522,11 +524,11 @@ test_damage() {
 # ---- signals, kills, locks ----------------------------------------------------------------------------
 test_signals() {
     expect 0 '' $small --steps 400 --out whole400 --save-every 0
-    local sig number k
+    local sig number k long="$small --val-frac 0 --steps 400 --batch 16 --seq-len 64"
     for sig in INT TERM; do
         number=$([ $sig = INT ] && echo 130 || echo 143)
         rm -rf stopped
-        "$program" $small --steps 400 --batch 64 --seq-len 32 --out stopped >stdout 2>stderr &
+        "$program" $long --out stopped >stdout 2>stderr &
         wait_for log_has stopped 5
         kill -$sig $!
         wait $!
@@ -537,8 +539,8 @@ test_signals() {
             [ "$(readlink stopped/last)" = "$(printf 'step_%08d' "$k")" ]
         check "SIG$sig: before the end" [ "$k" -lt 400 ]
     done
-    expect 0 '' $small --steps 400 --batch 64 --seq-len 32 --out stopped --resume
-    expect 0 '' $small --steps 400 --batch 64 --seq-len 32 --out notstopped
+    expect 0 '' $long --out stopped --resume
+    expect 0 '' $long --out notstopped
     check 'stopped and resumed, the same bits' same_run stopped notstopped
     rm -rf stopped
     "$program" $small --steps 100000 --save-every 0 --out stopped >stdout 2>stderr &
@@ -593,8 +595,9 @@ test_kills() {
     local call n
     inject() {                                   # inject EXPRESSION: three steps in `injected`
         rm -rf injected
-        timeout 30 strace -f -o trace -e trace="${1%%:*}" -e inject="$1" "$program" $small --threads 1 \
+        (timeout 30 strace -f -o trace -e trace="${1%%:*}" -e inject="$1" "$program" $small \
             --steps 3 --save-every 1 --out injected >stdout 2>stderr
+        exit $?) 2>/dev/null                    # the shell would say "Killed"
         status=$?
     }
     for call in rename symlink unlink rmdir mkdir fsync; do
