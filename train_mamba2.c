@@ -435,16 +435,16 @@ static void sum_parts(real *g, const real *parts, size_t blocks, size_t m) {
     }
 }
 
-// exp(x) to about 1 ulp in a form that vectorizes. NaN passes through; x is clamped to where the
-// result is a normal number, which no formula here can tell from 0 or infinity.
+// exp(x) to 1 ulp, in a form that vectorizes. NaN passes through; x is clamped to where the result is
+// a normal number, which no formula here can tell from 0 or infinity.
 static inline real expr(real x) {
     if (sizeof(real) == 8) return (real)exp((double)x);
     float v = (float)x;
     v = v < -87.0f ? -87.0f : v > 88.0f ? 88.0f : v;
     float k = v*1.44269504f + 12582912.0f;                   // round to an integer in the low bits
     float n = k - 12582912.0f, r = v - n*0.693145752f - n*1.42860677e-6f;    // x = n log 2 + r
-    float p = 1.0f + r*(1.0f + r*(0.5f + r*(0.166666672f + r*(0.0416664854f
-                                                  + r*(0.00833336823f + r*0.00139304355f)))));
+    float p = 1.0f + (r + r*r*(0.49999994f + r*(0.16666521f + r*(0.04166839f
+                                              + r*(0.008368745f + r*0.0013814539f)))));
     int32_t bits;
     memcpy(&bits, &k, 4);
     bits = (int32_t)((uint32_t)bits << 23) + (127 << 23);    // 2^n as a float
@@ -805,20 +805,6 @@ static void ssd_mask(real *L, const real *a, size_t len, size_t Q) {
 static void scale_rows(real *out, const real *w, const real *in, size_t ld, size_t m, size_t cols) {
     for (size_t i = 0; i < m; i++)
         SIMD for (size_t j = 0; j < cols; j++) out[i*cols + j] = w[i]*in[i*ld + j];
-}
-
-// out (cols,rows) = the transpose of in (rows,cols)
-static void transpose(real *out, size_t ldo, const real *in, size_t ldi, size_t rows, size_t cols) {
-    size_t i = 0;
-    for (; i + VL <= rows; i += VL) {
-        size_t j = 0;
-        for (; j + VL <= cols; j += VL)
-            transpose_tile(out + j*ldo + i, ldo, VL, in + i*ldi + j, ldi, VL);
-        for (; j < cols; j++)
-            for (size_t k = i; k < i + VL; k++) out[j*ldo + k] = in[k*ldi + j];
-    }
-    for (; i < rows; i++)
-        for (size_t j = 0; j < cols; j++) out[j*ldo + i] = in[i*ldi + j];
 }
 
 // Step 1: states before each chunk, and the last one of each row

@@ -2030,7 +2030,8 @@ static void close_acts(Model<floatX> *m) {
     for (size_t k = 0; k < cpu::ACT_COUNT; k++) {
         CUDA(cudaFree(((char **)&m->acts)[k]));
     }
-    for (int *p : {m->ids, m->targets, m->docs, m->plan}) {
+    int *ints[] = {m->ids, m->targets, m->docs, m->plan};
+    for (int *p : ints) {
         CUDA(cudaFree(p));
     }
     CUDA(cudaFree(m->g_branch));

@@ -36,7 +36,7 @@ __device__ inline void barrier_arrive(int id, int threads) {
 }
 __device__ inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
     uint32_t y;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(0x80008000u));       // - 0
     return y;
 }
 // What is computed from an opaque value is computed again at each use, not kept in registers.
@@ -110,10 +110,11 @@ template<int ROWS, int COLS, int PADDED, int THREADS>
 __device__ inline void load_tile(bf16 *to, const bf16 *from, size_t pitch, int rows, int cols, int me) {
     constexpr int STEP = THREADS / (COLS / 8);             // rows at once
     int row = me / (COLS / 8), col = me % (COLS / 8) * 8;
+    bool inside = col < cols;
     from += row * pitch + col;
-    if (col >= cols) rows = 0;
     UNROLL for (int i = 0; i < ROWS / STEP; i++, from += STEP * pitch) {
-        cp_async<16>(to + at<COLS, PADDED>(row + i * STEP, col), from, row + i * STEP < rows);
+        bool valid = inside && row + i * STEP < rows;
+        cp_async<16>(to + at<COLS, PADDED>(row + i * STEP, col), from, valid);
     }
 }
 template<int ROWS, int COLS, int PADDED, int THREADS>      // and back
@@ -639,21 +640,25 @@ ssd_g_x_fast_kernel(bf16 *g_xBC, bf16 *g_CB, float *g_dts, float *rowsum, float 
     int rows = min(FQ, (int)d.T - c * FQ), P = d.P;
     size_t r = blockIdx.z, token = r * d.T + c * FQ, number = r * chunks + c;
     const bf16 *C = sm.xy[1], *B = sm.xy[2];       // before the loop
-    auto step_at = [&](int h) { return ((r * d.H + h) * chunks + c) * FQ; };
+    size_t steps = ((r * d.H + first) * chunks + c) * FQ;          // of this chunk and the first head
     auto all_meet = [] { barrier_wait(1, G_X_THREADS); };
     if (warp >= 18) {                              // ---- copies ----
         me -= 18 * 32;
         auto load_xy = [&](int i) {
             bf16 *to = sm.xy[i % 3];
-            size_t h = first + i;
-            load_tile<FQ, FP, 0, 64>(to, xBC + token * d.S + h * P, d.S, rows, P, me);
-            load_tile<FQ, FP, 0, 64>(to + FQ * FP, g_y + token * d.E + h * P, d.E, rows, P, me);
+            int column = (first + i) * P;
+            auto load = [&](int rows) {
+                load_tile<FQ, FP, 0, 64>(to, xBC + token * d.S + column, d.S, rows, P, me);
+                load_tile<FQ, FP, 0, 64>(to + FQ * FP, g_y + token * d.E + column, d.E, rows, P, me);
+            };
+            if (rows < FQ) load(rows);
+            else load(FQ);                         // without the comparisons: fewer registers
         };
         float next_cs[2], next_dt[2];
         auto fetch_steps = [&](int i) {
             UNROLL for (int k = 0; k < 2; k++) {
-                next_cs[k] = cs[step_at(first + i) + me + 64 * k];
-                next_dt[k] = dts[step_at(first + i) + me + 64 * k];
+                next_cs[k] = cs[steps + i * (size_t)chunks * FQ + me + 64 * k];
+                next_dt[k] = dts[steps + i * (size_t)chunks * FQ + me + 64 * k];
             }
         };
         auto put_steps = [&](int i) {
@@ -697,7 +702,6 @@ ssd_g_x_fast_kernel(bf16 *g_xBC, bf16 *g_CB, float *g_dts, float *rowsum, float 
         int role = warp - 8, I = 0x3221101000 >> 4 * role & 3, J = 0x3233102321 >> 4 * role & 3;
         bool on_diagonal = I == J;
         all_meet();
-        bool joined = sm.doc[32 * J] == sm.doc[32 * I + 31];
         UNROLL for (int ii = 0; ii < 2; ii++) {
             UNROLL for (int jj = 0; jj < 2; jj++) {
                 float v[2][4] = {};
@@ -722,7 +726,8 @@ ssd_g_x_fast_kernel(bf16 *g_xBC, bf16 *g_CB, float *g_dts, float *rowsum, float 
             const float *my_cs = sm.cs[i % 3], *my_dt = sm.dt[i % 3] + 32 * I;
             const float *s_decay = sm.s_decay[i % 3] + 32 * I, *l_decay = sm.l_decay[i % 3] + 32 * J;
             float sum[8] = {}, trace = 0.0f;
-            float between = on_diagonal ? 0.0f : decay(my_cs[32 * J] - my_cs[32 * I + 31], joined);
+            bool joined = !on_diagonal && sm.doc[32 * J] == sm.doc[32 * I + 31];
+            float between = decay(my_cs[32 * J] - my_cs[32 * I + 31], joined);
             UNROLL for (int ii = 0; ii < 2; ii++) {
                 float v[2][2][4] = {};
                 UNROLL for (int k = 0; k < FP; k += 16) {
@@ -813,7 +818,7 @@ ssd_g_x_fast_kernel(bf16 *g_xBC, bf16 *g_CB, float *g_dts, float *rowsum, float 
             bf16 *x = sm.xy[i % 3];
             const bf16 *gy = x + FQ * FP, *gS = sm.gS[i % 2];
             const float *my_cs = sm.cs[i % 3];
-            size_t h = first + i;
+            int h = first + i;
             float R[8][4] = {}, dt[2], Rx[2] = {}, skip = D[h];
             UNROLL for (int k = 0; k < N; k += 16) {
                 UNROLL for (int j = 0; j < 8; j += 2) {
@@ -864,8 +869,8 @@ ssd_g_x_fast_kernel(bf16 *g_xBC, bf16 *g_CB, float *g_dts, float *rowsum, float 
                 float dot = quad_sum(Rx[e]);
                 float sum = quad_sum(t4 <= tile / 2 ? sm.rowsum[i % 2][t4][s] : 0.0f);
                 if (t4 == 0) {
-                    g_dts[step_at(h) + s] = dot;
-                    rowsum[step_at(h) + s] = sum;
+                    g_dts[steps + i * (size_t)chunks * FQ + s] = dot;
+                    rowsum[steps + i * (size_t)chunks * FQ + s] = sum;
                 }
             }
             __syncwarp();

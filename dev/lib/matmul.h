@@ -1,148 +1,162 @@
 // matmul.h: matrix products as fast as the machine allows, in C with vector types.
 //
-// C[M,N] (+)= A[M,K] B[K,N].  A and B come with a row and a column stride, one of which is 1: that
-// covers products with either operand transposed, without flags.  Three levels, from the inside:
-//   tile    MR x NR of C in registers. For each k: NV vectors of B, MR numbers of A, MR*NV FMAs.
-//   block   TN columns of B (KC x TN reals) stay in L2 while TM rows of A pass over them, MR rows
-//           (KC x MR reals, in L1) at a time.
-//   slab    A (MB rows) and B (NB columns) are copied, KC values of k at a time, into panels in
-//           which every tile reads straight on; all threads pack for all threads, in L3.
-// An element of C is the sum of one chain of FMAs for each KC values of k, in order. KC depends on K
-// alone, so its bits depend neither on the number of threads nor on the other rows and columns.
+// C[M,N] (+)= A[M,K] B[K,N]. A and B come with a row and a column stride, one of which is 1: this
+// covers products with either operand transposed, without flags. Three levels, from the inside:
+//   tile   MR rows by NV vectors of C, in registers. Each k takes NV vectors of B and MR numbers of
+//          A for MR*NV FMAs: enough of them to hide their latency, and half as many loads.
+//   block  BLOCK panels of B (0.6 MB) stay in L2 while rows of A pass over them; each panel of A
+//          (MR rows, 24 KB) meets them all from L1. Blocks are the threads' tasks.
+//   slab   KC values of k, MB rows of A and NB columns of B are packed by all threads for all, in
+//          L3, into panels that a tile reads straight on: (k,MR) of A and (k,NR) of B.
+// An element of C is a sum over slabs, in order, of a chain of FMAs each. KC depends on K alone: no
+// bit of it depends on the number of threads, nor on which other rows and columns there are.
 
-#if defined __AVX512F__
-#define VECTOR_BYTES 64
-#define MR 8                        // 8 x 3 sums, 3 of B and 1 of A in 32 registers
-#elif defined __AVX__
-#define VECTOR_BYTES 32
-#define MR 4                        // 4 x 3 sums, 3 of B and 1 of A in 16 registers
-#elif defined __aarch64__
-#define VECTOR_BYTES 16
+#if defined __AVX512F__             // reals in a vector, and as many rows in a tile as 32 registers
+#define LANES_float 16              // can take: MR*NV sums, NV vectors of B and one of A
+#define LANES_double 8
 #define MR 8
+#elif defined __AVX__               // 16 registers from here on
+#define LANES_float 8
+#define LANES_double 4
+#define MR 4
 #else
-#define VECTOR_BYTES 16
+#define LANES_float 4
+#define LANES_double 2
 #define MR 4
 #endif
-
-#if defined __CUDACC__
-#define UNROLL
-#elif defined __clang__
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-#define INLINE static inline __attribute__((always_inline))
-
-#define BYTES_float 4
-#define BYTES_double 8
 #define PASTE_(a, b) a##b
 #define PASTE(a, b) PASTE_(a, b)
-#define VL (VECTOR_BYTES/PASTE(BYTES_, REAL))       // reals in a vector
+#define VL PASTE(LANES_, REAL)
+
+#if defined __clang__               // which else halves vectors of 64 bytes for some processors
+#define INLINE static inline __attribute__((always_inline, min_vector_width(512)))
+#define UNROLL _Pragma("unroll")
+#else
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+#ifdef __CUDACC__                   // does not know it, and gcc after it unrolls all the same
+#undef UNROLL
+#define UNROLL
+#endif
+#ifdef _OPENMP
+#define OMP_(directive) _Pragma(#directive)
+#define OMP(...) OMP_(omp __VA_ARGS__)
+#else
+#define OMP(...)
+#endif
+#if defined BF16_EMULATE            // bf16 values of k in a place of a panel: 0 when not built in
+#define BF16 1
+#elif defined __AVX512BF16__
+#define BF16 2
+#else
+#define BF16 0
+#endif
 
 enum {
-    NV = 3, NR = NV*VL,                             // columns of a tile
-    KC = 3072/(VECTOR_BYTES/VL), TM = 128, TN = 2*NR, MB = 2048, NB = 12*TN, EDGE = 64
+    NV = 3, NR = NV*VL, BLOCK = 4, KC = 3072/sizeof(real), MB = 2048, NB = 24*NR,
+    GROUP = 96,                     // rows of A packed at a time
+    EDGE = 64,                      // values of k packed at a time at the edges of a small product
+    PITCH = KC + 2,                 // + 2, or panels of 2^n bytes would compete for one cache set
+    FEW = 4                         // rows that are not worth packing B for
 };
-typedef real vec __attribute__((vector_size(VECTOR_BYTES)));
-typedef real vec_at __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
+typedef real vec __attribute__((vector_size(VL*sizeof(real))));
+typedef real vec_at __attribute__((vector_size(VL*sizeof(real)), aligned(sizeof(real)), may_alias));
 
-static int matmul_bf16;             // round A and B to bf16 (the sums stay in fp32)
-static real packed_A[2][MB*KC] __attribute__((aligned(64)));     // two of each: one is being packed
-static real packed_B[2][NB*KC] __attribute__((aligned(64)));     // while the other is still in use
+static int matmul_bf16;             // round A and B to bf16; the sums stay in fp32
+static real packed_A[2][MB*PITCH] __attribute__((aligned(64)));     // two of each: one is packed
+static real packed_B[2][NB*PITCH] __attribute__((aligned(64)));     // while the other is in use
 
-INLINE size_t least(size_t a, size_t b) { return a < b ? a : b; }
+static int bf16_available(void) { return BF16 && sizeof(real) == sizeof(float); }
+static size_t least(size_t a, size_t b) { return a < b ? a : b; }
+static size_t parts(size_t n, size_t size) { return (n + size-1)/size; }
 
-static int bf16_available(void) {
-#if defined __AVX512BF16__ || defined BF16_EMULATE
-    return sizeof(real) == 4;
-#else
-    return 0;
-#endif
+// The size of n's parts when they are even, at most `most`, and multiples of `unit`
+static size_t even(size_t n, size_t most, size_t unit) {
+    return parts(parts(n, parts(n, most)), unit)*unit;
 }
 
-// sum + a*b in every lane; of bf16 pairs: sum + a.lo*b.lo + a.hi*b.hi
-INLINE vec fma_step(vec sum, const real *a, vec b, const int pairs) {
-#ifdef __AVX512BF16__
+// n columns of B make this many panels, and panel q starts here: NV vectors each, or fewer, evenly
+static size_t panels(size_t n) { return parts(parts(n, VL), NV); }
+static size_t panel_start(size_t q, size_t n) { return least(n, q*parts(n, VL)/panels(n)*VL); }
+
+// sum + a b in every lane; of pairs of bf16, sum + a.low b.low + a.high b.high
+INLINE vec multiply_add(vec sum, const real *a, vec b, const int pairs) {
+#if BF16 == 2
     if (pairs) {
-        int both;
-        memcpy(&both, a, sizeof both);
-        return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(both), (__m512bh)b);
+        int a2;
+        memcpy(&a2, a, sizeof a2);
+        return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a2), (__m512bh)b);
     }
 #endif
     (void)pairs;
     return sum + *a*b;
 }
 
-// C = beta*C + A B for a tile of MR rows and nv vectors
+// C = beta C + A B for MR rows and nv vectors
 INLINE void tile(real *C, size_t ldc, const real *A, size_t a_row, size_t a_col,
                  const real *B, size_t ldb, size_t K, real beta, const int nv, const int pairs) {
-    vec sum[MR][NV];
-    UNROLL for (int i = 0; i < MR; i++)
-        UNROLL for (int j = 0; j < nv; j++) {
-            sum[i][j] = (vec){0};
-            __builtin_prefetch(C + i*ldc + j*VL, 1);
-        }
+    vec sum[MR][NV] = {{{0}}}, b[NV];
     for (size_t k = 0; k < K; k++, A += a_col, B += ldb) {
-        vec b[NV];
         UNROLL for (int j = 0; j < nv; j++)
             b[j] = *(const vec_at *)(B + j*VL);
         UNROLL for (int i = 0; i < MR; i++)
             UNROLL for (int j = 0; j < nv; j++)
-                sum[i][j] = fma_step(sum[i][j], A + i*a_row, b[j], pairs);
+                sum[i][j] = multiply_add(sum[i][j], A + i*a_row, b[j], pairs);
     }
-    UNROLL for (int i = 0; i < MR; i++)
+    UNROLL for (int i = 0; i < MR; i++, C += ldc)
         UNROLL for (int j = 0; j < nv; j++) {
-            vec_at *c = (vec_at *)(C + i*ldc + j*VL);
             if (beta != 0)
-                sum[i][j] += beta * *c;
-            *c = sum[i][j];
+                sum[i][j] += beta * *(vec_at *)(C + j*VL);
+            *(vec_at *)(C + j*VL) = sum[i][j];
         }
 }
 
-// The tile with its number of vectors as a constant
-INLINE void tile_of(int nv, real *C, size_t ldc, const real *A, size_t a_row, size_t a_col,
-                    const real *B, size_t ldb, size_t K, real beta, const int pairs) {
-    if (nv == 3)      tile(C, ldc, A, a_row, a_col, B, ldb, K, beta, 3, pairs);
-    else if (nv == 2) tile(C, ldc, A, a_row, a_col, B, ldb, K, beta, 2, pairs);
-    else              tile(C, ldc, A, a_row, a_col, B, ldb, K, beta, 1, pairs);
+// The same for n columns: the compiler makes a tile for each number of vectors
+INLINE void full_tile(real *C, size_t ldc, const real *A, size_t a_row, size_t a_col, const real *B,
+                      size_t ldb, size_t n, size_t K, real beta, const int pairs) {
+    if (n > 2*VL)    tile(C, ldc, A, a_row, a_col, B, ldb, K, beta, 3, pairs);
+    else if (n > VL) tile(C, ldc, A, a_row, a_col, B, ldb, K, beta, 2, pairs);
+    else             tile(C, ldc, A, a_row, a_col, B, ldb, K, beta, 1, pairs);
 }
 
-// Packed panels: a (K, MR), b (K, NR).  At C's edge (m < MR or a part of a vector) the tile is
-// computed beside C, by the same operations.
-INLINE void packed_tile(real *C, size_t ldc, const real *a, const real *b, size_t m, size_t n,
-                        size_t K, int add, const int pairs) {
-    int nv = (int)((n + VL-1)/VL);
-    if (m == MR && n == (size_t)nv*VL) {
-        tile_of(nv, C, ldc, a, 1, MR, b, NR, K, add, pairs);
+// The same on panels a (K,MR) and b (K,NR). At the edges of C a whole tile is computed beside it.
+static void packed_tile(real *C, size_t ldc, const real *a, const real *b, size_t m, size_t n,
+                        size_t K, real beta, int pairs) {
+    if (m < MR || n % VL) {
+        real edge[MR*NR] = {0};
+        for (size_t i = 0; beta != 0 && i < m; i++)
+            memcpy(edge + i*NR, C + i*ldc, n*sizeof(real));
+        packed_tile(edge, NR, a, b, MR, parts(n, VL)*VL, K, beta, pairs);
+        for (size_t i = 0; i < m; i++)
+            memcpy(C + i*ldc, edge + i*NR, n*sizeof(real));
         return;
     }
-    real edge[MR*NR] = {0};
-    for (size_t i = 0; add && i < m; i++)
-        memcpy(edge + i*NR, C + i*ldc, n*sizeof(real));
-    tile_of(nv, edge, NR, a, 1, MR, b, NR, K, add, pairs);
-    for (size_t i = 0; i < m; i++)
-        memcpy(C + i*ldc, edge + i*NR, n*sizeof(real));
+    for (size_t i = 0; i < MR; i++)                         // C comes into L1 during the sums
+        for (size_t j = 0; j < n; j += VL)
+            __builtin_prefetch(C + i*ldc + j, 1);
+    if (BF16 == 2 && pairs)
+        full_tile(C, ldc, a, 1, MR, b, NR, n, parts(K, 2), beta, 1);
+    else
+        full_tile(C, ldc, a, 1, MR, b, NR, n, K, beta, 0);
 }
 
-// Indices that take the elements of two vectors in turn, from `first` on: to zip them
-#define ZIP2(first)  (first), (first) + VL
-#define ZIP4(first)  ZIP2(first), ZIP2((first) + 1)
-#define ZIP8(first)  ZIP4(first), ZIP4((first) + 2)
-#define ZIP16(first) ZIP8(first), ZIP8((first) + 4)
-#undef ZIP
-#if VL == 16
-#define ZIP ZIP16
-#elif VL == 8
-#define ZIP ZIP8
-#elif VL == 4
-#define ZIP ZIP4
-#else
-#define ZIP ZIP2
-#endif
+// The same where nothing is packed; not inline, for its strides need all the registers
+static __attribute__((noinline)) void strided_tile(real *C, size_t ldc, const real *A, size_t a_row,
+    size_t a_col, const real *B, size_t ldb, size_t n, size_t K, real beta) {
+    full_tile(C, ldc, A, a_row, a_col, B, ldb, n, K, beta, 0);
+}
 
-// to[k*w + r] = from[r*line + k] for VL values of k and R <= VL lines, in registers. To zip the
-// first half of the lines with the second half rotates the bits of every element's place, line:k,
-// by one; after log2 R times the place is k:line. Lines from `lines` on repeat the last.
+// The indices of two vectors' elements taken in turn, from `first` on: a zip
+#define ZIP_2(first)  (first), (first) + VL
+#define ZIP_4(first)  ZIP_2(first), ZIP_2((first) + 1)
+#define ZIP_8(first)  ZIP_4(first), ZIP_4((first) + 2)
+#define ZIP_16(first) ZIP_8(first), ZIP_8((first) + 4)
+#define ZIP(first)    PASTE(ZIP_, VL)(first)
+
+// to[k*w + r] = from[r*line + k] for VL values of k and R <= VL lines, in registers. To zip
+// the first half of the lines with the second rotates the bits of every element's place, line:k, by
+// one: after log2 R times they read k:line. Lines from `lines` on repeat the last.
 INLINE void transpose_tile(real *to, size_t w, const int R, const real *from, size_t line,
                            size_t lines) {
     vec v[VL], zipped[VL];
@@ -160,7 +174,21 @@ INLINE void transpose_tile(real *to, size_t w, const int R, const real *from, si
         *(vec_at *)(to + r*VL/R*w) = v[r];
 }
 
-static unsigned bf16_bits(real x)    // the nearest bf16, ties to even; NaN stays NaN
+// out (cols,rows) = the transpose of in (rows,cols)
+static void transpose(real *out, size_t ldo, const real *in, size_t ldi, size_t rows, size_t cols) {
+    size_t i = 0;
+    for (; i + VL <= rows; i += VL) {
+        size_t j = 0;
+        for (; j + VL <= cols; j += VL)
+            transpose_tile(out + j*ldo + i, ldo, VL, in + i*ldi + j, ldi, VL);
+        for (; j < cols; j++)
+            for (size_t k = i; k < i + VL; k++) out[j*ldo + k] = in[k*ldi + j];
+    }
+    for (; i < rows; i++)
+        for (size_t j = 0; j < cols; j++) out[j*ldo + i] = in[i*ldi + j];
+}
+
+static unsigned bf16_bits(real x)   // the nearest bf16, ties to even; NaN stays NaN
 {
     float f = (float)x;
     unsigned u;
@@ -168,183 +196,145 @@ static unsigned bf16_bits(real x)    // the nearest bf16, ties to even; NaN stay
     return (u & 0x7fffffff) > 0x7f800000 ? u >> 16 | 0x40 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
 }
 
-// Round a panel (K,w) to bf16, in place: two values of k in 32 bits
-static void round_panel(real *panel, size_t K, size_t w) {
-    for (size_t r = 0; K % 2 && r < w; r++)
-        panel[K*w + r] = 0;
-    for (size_t k = 0; k < K; k += 2)
-        for (size_t r = 0; r < w; r++) {
-            unsigned low = bf16_bits(panel[k*w + r]), high = bf16_bits(panel[(k+1)*w + r]);
-#ifdef __AVX512BF16__
-            unsigned both = low | high << 16;
-            memcpy(panel + k/2*w + r, &both, sizeof both);
-#else
-            low <<= 16, high <<= 16;
-            memcpy(panel + k*w + r, &low, sizeof low);
-            memcpy(panel + (k+1)*w + r, &high, sizeof high);
-#endif
+// Round a panel (K,w) to bf16 in place; for the instruction, values 2k and 2k+1 share a place
+INLINE void round_panel(real *panel, size_t K, const int w) {
+    memset(panel + K*w, 0, w*sizeof(real));                 // in case K is odd
+    for (size_t k = 0; k < K; k += 2) {
+        OMP(simd)
+        for (int r = 0; r < w; r++) {
+            real *first = panel + k*w + r, *second = first + w;
+            unsigned low = bf16_bits(*first), high = bf16_bits(*second) << 16;
+            if (BF16 == 2)
+                low |= high, first = panel + k/2*w + r;
+            else
+                low <<= 16, memcpy(second, &high, sizeof high);
+            memcpy(first, &low, sizeof low);
+        }
+    }
+}
+
+// Pack n lines of K values, rows of A or columns of B, into panels (K,w) that start `size` apart
+INLINE void pack(real *panel, size_t size, const real *from, size_t line, size_t step,
+                 size_t n, size_t K, const int w, int round) {
+    for (size_t k = 0; line == 1 && k < K; k++)             // contiguous in the lines: copy
+        for (size_t r = 0; r < n; r += w)
+            if (n - r >= (size_t)w)
+                memcpy(panel + r/w*size + k*w, from + k*step + r, w*sizeof(real));
+            else
+                memcpy(panel + r/w*size + k*w, from + k*step + r, (n - r)*sizeof(real));
+    const int R = w < VL ? w : VL;
+    for (size_t r = 0, k; line != 1 && r < n; r += (size_t)R) {     // contiguous in k: transpose
+        real *to = panel + r/w*size + r % w;
+        for (k = 0; step == 1 && k + VL <= K; k += VL)
+            transpose_tile(to + k*w, w, R, from + r*line + k, line, n - r);
+        for (; k < K; k++)
+            for (size_t i = r; i < least(r + (size_t)R, n); i++)
+                to[k*w + i - r] = from[i*line + k*step];
+    }
+    for (size_t r = 0; round && r < n; r += w)
+        round_panel(panel + r/w*size, K, w);
+}
+
+// A few rows of A times the lines of B, which are read once, at the speed of memory: decoding
+static void few_rows(real *C, size_t ldc, const real *A, size_t lda, const real *B, size_t ldb,
+                     size_t M, size_t N, size_t K, int add) {
+    OMP(parallel for schedule(static))
+    for (size_t j = 0; j < N; j++)
+        for (size_t i = 0; i < M; i++) {
+            real sum = 0;
+            OMP(simd reduction(+:sum))
+            for (size_t k = 0; k < K; k++)
+                sum += A[i*lda + k]*B[j*ldb + k];
+            C[i*ldc + j] = add ? C[i*ldc + j] + sum : sum;
         }
 }
 
-// Pack n <= w lines (rows of A, columns of B) of K values into a panel (K,w)
-INLINE void pack_panel(real *panel, const real *from, size_t line, size_t step,
-                       size_t n, size_t K, const int w) {
-    size_t k = 0;
-    if (line == 1 && n == (size_t)w)
-        for (; k < K; k++)
-            memcpy(panel + k*w, from + k*step, w*sizeof(real));
-    else if (step == 1)
-        for (; k + VL <= K; k += VL)
-            for (size_t r = 0; r < (size_t)w; r += least(w, VL)) {
-                size_t first = least(r, n - 1);
-                transpose_tile(panel + k*w + r, w, w < VL ? w : VL, from + first*line + k, line, n - first);
-            }
-    for (; k < K; k++)
-        for (size_t r = 0; r < (size_t)w; r++)
-            panel[k*w + r] = from[least(r, n - 1)*line + k*step];
-    if (matmul_bf16)
-        round_panel(panel, K, w);
-}
-
-static real dot(const real *a, const real *b, size_t n) {
-    vec sum[4] = {{0}};
-    size_t i = 0;
-    for (; i + 4*VL <= n; i += 4*VL)
-        UNROLL for (int j = 0; j < 4; j++)
-            sum[j] += *(const vec_at *)(a + i + j*VL) * *(const vec_at *)(b + i + j*VL);
-    vec all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    real result = 0;
-    for (int lane = 0; lane < VL; lane++)
-        result += all[lane];
-    for (; i < n; i++)
-        result += a[i]*b[i];
-    return result;
-}
-
-// The length of n's equal blocks: at most `most`, a multiple of `unit`
-static size_t even(size_t n, size_t most, size_t unit) {
-    size_t blocks = (n + most-1)/most;
-    return ((n + blocks-1)/blocks + unit-1)/unit*unit;
-}
-
-// C (m,n) (+)= packed A (m,K) times packed B (K,n)
-INLINE void block(real *C, size_t ldc, const real *a, const real *b, size_t a_panel, size_t b_panel, size_t m, size_t n, size_t K,
-                  int add, const int pairs) {
-    for (size_t i = 0; i < m; i += MR)
-        for (size_t j = 0; j < n; j += NR)
-            packed_tile(C + i*ldc + j, ldc, a + i/MR*a_panel, b + j/NR*b_panel, least(MR, m - i),
-                        least(NR, n - j), K, add, pairs);
-}
-
+// Called outside parallel regions; no size is 0. Slabs are packed into one pair of buffers while
+// slow threads may still be busy with the other.
 static void matmul(real *C, size_t ldc, const real *A, size_t a_row, size_t a_col,
                    const real *B, size_t b_row, size_t b_col, size_t M, size_t N, size_t K, int add) {
-    if (!M || !N)
-        return;
-    if (!K) {
-        for (size_t i = 0; !add && i < M; i++)
-            memset(C + i*ldc, 0, N*sizeof(real));
+    if (M <= FEW && a_col == 1 && b_row == 1 && !matmul_bf16) {
+        few_rows(C, ldc, A, a_row, B, b_col, M, N, K, add);
         return;
     }
-    if (M <= 4 && a_col == 1 && b_row == 1 && !matmul_bf16) {
-        #pragma omp parallel for schedule(static)
-        for (size_t j = 0; j < N; j++)
-            for (size_t i = 0; i < M; i++)
-                C[i*ldc + j] = (add ? C[i*ldc + j] : 0) + dot(A + i*a_row, B + j*b_col, K);
-        return;
-    }
-    size_t kc = even(K, KC, 2*VL), mb = even(M, MB, MR), nb = even(N, NB, NR);
-    #pragma omp parallel
-    {
-        int a_turn = 0, b_turn = 0;
-        for (size_t p = 0; p < K; p += kc)
-        for (size_t i = 0; i < M; i += mb)
-        for (size_t j = 0; j < N; j += nb) {
-            size_t k = least(kc, K - p), m = least(mb, M - i), n = least(nb, N - j), k2 = (k + 1)/2*2;
-            int new_A = j == 0, new_B = i == 0 || N > nb;
-            a_turn ^= new_A, b_turn ^= new_B;
-            real *pa = packed_A[a_turn], *pb = packed_B[b_turn];
-            size_t a_panels = new_A ? (m + MR-1)/MR : 0, b_panels = new_B ? (n + NR-1)/NR : 0;
-            #pragma omp for schedule(dynamic, 4)
-            for (size_t t = 0; t < a_panels + b_panels; t++)
-                if (t < a_panels)
-                    pack_panel(pa + t*MR*k2, A + (i + t*MR)*a_row + p*a_col, a_row, a_col,
-                               least(MR, m - t*MR), k, MR);
-                else {
-                    size_t u = t - a_panels;
-                    pack_panel(pb + u*NR*k2, B + p*b_row + (j + u*NR)*b_col, b_col, b_row,
-                               least(NR, n - u*NR), k, NR);
-                }
-            size_t m_tasks = (m + TM-1)/TM, n_tasks = (n + TN-1)/TN;
-            #pragma omp for schedule(dynamic) nowait
-            for (size_t t = 0; t < m_tasks*n_tasks; t++) {
-                size_t ii = t % m_tasks*TM, jj = t/m_tasks*TN;
-                real *c = C + (i + ii)*ldc + j + jj;
-                size_t mm = least(TM, m - ii), nn = least(TN, n - jj);
-#ifdef __AVX512BF16__
-                if (matmul_bf16)
-                    block(c, ldc, pa + ii*k2, pb + jj*k2, MR*k2, NR*k2, mm, nn, k2/2, add || p, 1);
-                else
-#endif
-                block(c, ldc, pa + ii*k2, pb + jj*k2, MR*k2, NR*k2, mm, nn, k, add || p, 0);
-            }
+    const size_t kc = even(K, KC, 2*VL), mb = even(M, MB, MR), nb = even(N, NB, NR), pitch = kc + 2;
+    const size_t blocks = parts(panels(nb), BLOCK), tasks = 8*(size_t)omp_get_max_threads();
+    size_t rows = mb;                                       // of a block: many, yet enough tasks
+    while (rows > 8*MR && parts(mb, rows)*blocks < tasks)
+        rows = even(rows, rows/2, MR);
+    OMP(parallel)
+    for (size_t p = 0, a_turn = 0, b_turn = 0; p < K; p += kc)
+    for (size_t i = 0; i < M; i += mb)
+    for (size_t j = 0; j < N; j += nb) {
+        const size_t m = least(mb, M - i), n = least(nb, N - j), k = least(kc, K - p);
+        const size_t new_A = j == 0, new_B = i == 0 || nb < N;
+        real *a = packed_A[a_turn ^= new_A], *b = packed_B[b_turn ^= new_B];
+        OMP(for schedule(dynamic) nowait)
+        for (size_t r = 0; r < m*new_A; r += GROUP)
+            pack(a + r*pitch, MR*pitch, A + (i + r)*a_row + p*a_col, a_row, a_col,
+                 least(GROUP, m - r), k, MR, matmul_bf16);
+        OMP(for schedule(dynamic))
+        for (size_t q = 0; q < panels(n)*new_B; q++) {
+            size_t left = panel_start(q, n), right = panel_start(q + 1, n);
+            pack(b + q*NR*pitch, NR*pitch, B + p*b_row + (j + left)*b_col, b_col, b_row,
+                 right - left, k, NR, matmul_bf16);
         }
+        OMP(for schedule(dynamic) collapse(2) nowait)
+        for (size_t q0 = 0; q0 < panels(n); q0 += BLOCK)
+        for (size_t r0 = 0; r0 < m; r0 += rows)
+            for (size_t r = r0; r < least(r0 + rows, m); r += MR)
+            for (size_t q = q0; q < least(q0 + BLOCK, panels(n)); q++) {
+                size_t left = panel_start(q, n), right = panel_start(q + 1, n);
+                packed_tile(C + (i + r)*ldc + j + left, ldc, a + r*pitch, b + q*NR*pitch,
+                            least(MR, m - r), right - left, k, add || p, matmul_bf16);
+            }
     }
 }
 
-// C = beta*C + A B where B and C have contiguous rows: serial, nothing packed, for small sizes
+// C = beta C + A B, serial and from L1 and L2, for sizes that are not worth packing; C and B have
+// contiguous rows, A any strides. With beta = 0, C is not read.
 static void matmul_small(real *C, size_t ldc, const real *A, size_t a_row, size_t a_col,
                          const real *B, size_t ldb, size_t M, size_t N, size_t K, real beta) {
-    for (size_t j = 0, n; j < N; j += n) {
-        n = N - j == 4*VL ? 2*VL : least(NR, N - j);
-        if (n > VL)
-            n -= n % VL;
+    for (size_t q = 0; q < panels(N); q++)
         for (size_t i = 0; i < M; i += MR) {
-            size_t m = least(MR, M - i), p = 0, k;
-            const real *a = A + i*a_row, *b = B + j;
-            real *c = C + i*ldc + j;
-            if (m == MR && n >= VL) {
-                tile_of((int)(n/VL), c, ldc, a, a_row, a_col, b, ldb, K, beta, 0);
+            const size_t j = panel_start(q, N), n = panel_start(q + 1, N) - j, m = least(MR, M - i);
+            if (m == MR && n % VL == 0) {
+                strided_tile(C + i*ldc + j, ldc, A + i*a_row, a_row, a_col, B + j, ldb, n, K, beta);
                 continue;
             }
-            real a_edge[MR*EDGE], b_edge[EDGE*NR] = {0}, c_edge[MR*NR] = {0};
-            for (size_t r = 0; beta != 0 && r < m; r++)
-                memcpy(c_edge + r*NR, c + r*ldc, n*sizeof(real));
-            do {
+            for (size_t p = 0, k; p < K; p += k) {          // edges: packed, to read inside A and B
+                real a[EDGE*MR], b[EDGE*NR];
                 k = least(EDGE, K - p);
-                for (size_t q = 0; q < k; q++) {
-                    for (size_t r = 0; r < MR; r++)
-                        a_edge[q*MR + r] = r < m ? a[r*a_row + (p + q)*a_col] : 0;
-                    memcpy(b_edge + q*NR, b + (p + q)*ldb, n*sizeof(real));
-                }
-                tile_of((int)((n + VL-1)/VL), c_edge, NR, a_edge, 1, MR, b_edge, NR, k, p ? 1 : beta, 0);
-            } while ((p += k) < K);
-            for (size_t r = 0; r < m; r++)
-                memcpy(c + r*ldc, c_edge + r*NR, n*sizeof(real));
+                pack(a, 0, A + i*a_row + p*a_col, a_row, a_col, m, k, MR, 0);
+                pack(b, 0, B + p*ldb + j, 1, ldb, n, k, NR, 0);
+                packed_tile(C + i*ldc + j, ldc, a, b, m, n, k, p ? 1 : beta, 0);
+            }
         }
-    }
 }
 
-// FLOP/s of all threads at FMAs on registers alone, for 20 ms: what a matmul could reach at most
+INLINE double fma_rate(void) {
+    const int chains = 12;                          // two FMAs a cycle, each taking 4 or 5
+    static volatile real hidden = (real)0.999;      // from the compiler
+    vec sum[12], factor = (vec){0} + hidden;
+    for (int i = 0; i < chains; i++)
+        sum[i] = factor*(real)i;
+    double start = now(), seconds, steps = 0;
+    do {
+        for (int step = 0; step < 20000; step++)
+            UNROLL for (int i = 0; i < chains; i++)
+                sum[i] = sum[i]*factor + factor;
+        steps += 20000;
+        seconds = now() - start;
+    } while (seconds < 0.02);
+    for (int i = 1; i < chains; i++)
+        sum[0] += sum[i];
+    return 2.0*VL*chains*steps/seconds + 0*(double)sum[0][0];      // so that the sums are needed
+}
+
+// FLOP/s of all threads at FMAs in registers, over 20 ms: what no matmul can exceed
 static double fma_peak(void) {
-    const int chains = 12, steps = 20000;           // 12 chains: latency of 4-5, two FMAs a cycle
     double rate = 0;
-    #pragma omp parallel reduction(+:rate)
-    {
-        static volatile real hidden = (real)0.999;  // from the compiler
-        vec sum[12], factor = (vec){0} + hidden;
-        for (int i = 0; i < chains; i++)
-            sum[i] = factor*(real)i;
-        double start = now(), seconds, flops = 0;
-        do {
-            for (int step = 0; step < steps; step++)
-                UNROLL for (int i = 0; i < chains; i++)
-                    sum[i] = sum[i]*factor + factor;
-            flops += 2.0*VL*chains*steps;
-            seconds = now() - start;
-        } while (seconds < 0.02);
-        for (int i = 1; i < chains; i++)
-            sum[0] += sum[i];
-        rate += flops/seconds + 0*(double)sum[0][0];    // so that the sums are needed
-    }
+    OMP(parallel reduction(+:rate))
+    rate += fma_rate();
     return rate;
 }

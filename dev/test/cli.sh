@@ -163,7 +163,7 @@ test_flags() {
     expect 2 'did you mean --seq-len' --seq_len 4
     expect 2 'unknown flag' ''
     expect 2 'unknown flag' --
-    (cd / && timeout 9 "$program" --compare >"$dir/stdout" 2>"$dir/stderr")
+    (cd / && timeout 9 "$program" --compare >/dev/null 2>&1)
     check 'the CPU program refuses --compare without a file' [ $? = 2 ]
     expect '[12]' 'headdim' $small --dry-run --headdim 5
     expect '[12]' 'ngroups' $small --dry-run --ngroups 3
@@ -282,7 +282,7 @@ test_data() {
 
 # ---- model directories -----------------------------------------------------------------------------
 broken() { rm -rf broken; cp -rL base/last broken; }       # a copy to break
-refuse_model() { expect 1 "$1" $small --init broken --steps 1 --out refused; }
+refuse_model() { expect 1 "$1" --data a.txt --batch 2 --seq-len 16 $quiet --init broken --steps 1 --out refused; }
 edit() { sed -i "$1" broken/$2; }
 test_models() {
     expect 1 'nowhere' $small --init nowhere --steps 1 --out refused
@@ -411,7 +411,7 @@ RUNS
     before=$(snapshot part)
     for flags in '--batch 3' '--seq-len 15' '--seed 5' '--accum 2' '--data b.txt' '--d-model 32' \
         '--shuffle 0' '--packed' '--carry' '--n-layer 2' '--vocab-size 260' '--dt-limit 0,1'; do
-        expect 1 "$(tr - _ <<<"${flags:2}" | cut -d' ' -f1)" $small --steps 8 --out part --resume $flags
+        expect 1 "trained with ${flags%% *} .*part/step_00000004|part/step_00000004.*trained with.*${flags%% *}" $small --steps 8 --out part --resume $flags
     done
     check 'a refused --resume writes nothing' [ "$(snapshot part | grep -v /lock)" = "$(grep -v /lock <<<"$before")" ]
     expect 1 'checkpoint.*--resume|--resume.*checkpoint' $small --steps 8 --out part
@@ -484,7 +484,7 @@ test_damage() {
                 flipmid) flip $f $((size / 2)) ;;
                 flipend) flip $f $((size - 1)) ;;
             esac
-            expect 0 "step_00000006.*$name" $small --steps 7 --out hurt --resume
+            expect 0 "step_00000006.*${name%.*}|step_00000006.*(damaged|missing)" $small --steps 7 --out hurt --resume
             grep -q '^{"step":7' hurt/log.jsonl && [ "$(grep -c '^{"step":5' hurt/log.jsonl)" = 1 ] ||
                 bad "$name $damage: not resumed from step 4"
         done
@@ -563,7 +563,7 @@ test_signals() {
     check_not 'a second signal: nothing saved' compgen -G 'stopped/step_*' >/dev/null
     # one trainer for one directory
     rm -rf locked
-    "$program" $small --steps 100000 --out locked >stdout2 2>stderr2 &
+    "$program" $small --steps 100000 --save-every 0 --out locked >stdout2 2>stderr2 &
     k=$!
     wait_for log_has locked 3
     expect 1 "locked.*$k" $small --steps 9 --out locked
@@ -773,7 +773,7 @@ test_generate() {
     before=$(snapshot base)
     expect 0 '' --out base --generate 5
     check 'generate writes nothing' [ "$(snapshot base)" = "$before" ]
-    (cd / && timeout 9 "$program" --out "$dir/base" --generate 5 >/dev/null 2>"$dir/stderr")
+    (cd / && timeout 9 "$program" --out "$OLDPWD/base" --generate 5 >/dev/null 2>&1)
     check 'generate needs no data' [ $? = 0 ]
     # 288 rows: not bytes any more
     trains --steps 1 --vocab-size 288 --out wide
@@ -848,7 +848,7 @@ test_nan() {
         # the embedding of the letter e, or the first number
         [ $at != embeddings.weight ] || begin=$((begin + 101*16*4))
         printf '\x00\x00\xc0\x7f' | dd of=poison/model.safetensors bs=1 seek=$((header + begin)) conv=notrunc status=none
-        expect 1 "step 1.*$(sed 's/.*\.\([a-zA-Z_]*\)\.weight/\1/;s/.*\.//;s/s$//' <<<$at)" \
+        expect 1 "step 1: .*${at##*.mixer.}" \
             $small --init poison --steps 3 --save-every 1 --out nan
         check_not "NaN in $at: nothing saved" compgen -G 'nan/step_*' >/dev/null
     done
@@ -887,9 +887,10 @@ test_users() {
     expect 0 '' $tiny $quiet --steps 2 --data 'p?.txt' --eval-every 1 --out noval
     expect 1 'd.model|hidden_size|shape' $small --init base/last --d-model 32 --steps 1 --out shape
     expect 1 'memory|overflow|GiB' $small --d-model 1000000 --n-layer 100000 --steps 1 --out big
-    (cd / && timeout 9 "$program" >"$dir/stdout" 2>"$dir/stderr")
-    check 'without the default text: a clear error' [ $? = 1 -a "$(wc -l <stderr)" = 1 ]
-    check_not 'and no directory' [ -e /out ]
+    mkdir elsewhere
+    (cd elsewhere && timeout 9 "$program" >../stdout 2>../stderr)
+    check "without the default text: a clear error" [ $? = 1 -a "$(wc -l <stderr)" = 1 ]
+    check_not "and no directory" [ -e elsewhere/out ]
 }
 
 for name in flags data models resume damage signals kills disk log keep generate inspect nan users; do
