@@ -58,6 +58,7 @@ namespace cpu {
 #include "train_mamba2.c"
 }
 #undef REAL
+#undef UNROLL
 #define REAL double
 namespace cpu64 {
 #include "train_mamba2.c"

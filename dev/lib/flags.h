@@ -92,3 +92,23 @@ static void flags_parse(int argc, char **argv) {
         given[i] = 1;
     }
 }
+
+static const char *flag_text(size_t i) {                     // its value, as it can be read again
+    const FlagSpec *s = &flag_specs[i];
+    const char *field = (const char *)&flags + s->offset;
+    if (s->type[0] == 'N') return str("%.17g", *(const double *)field);
+    if (s->type[0] == 'I' || s->type[1] == 'w') return str("%" PRId64, *(const Int *)field);
+    return *(const Str *)field ? *(const Str *)field : "";
+}
+
+// All flags as a JSON object
+static void put_flags(Text *t) {
+    for (size_t i = 0; i < FLAG_COUNT; i++) {
+        const char *text = flag_text(i), *type = flag_specs[i].type;
+        put(t, "%s\"%s\":", i ? "," : "{", flag_specs[i].name);
+        if (!strcmp(type, "Switch")) put(t, *text == '1' ? "true" : "false");
+        else if (*type == 'N' || *type == 'I') put(t, "%s", text);
+        else put_json_string(t, text, strlen(text));
+    }
+    put(t, "}");
+}

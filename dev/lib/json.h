@@ -230,8 +230,7 @@ static const Json *json_get(const Json *object, const char *key)    // NULL when
     return NULL;
 }
 
-static const Json *json_expect(const Json *node, JsonKind kind, const char *path,
-                               const char *name) {
+static const Json *json_expect(const Json *node, JsonKind kind, const char *path, const char *name) {
     static const char *const kinds[] = {
         "null", "false", "true", "a number", "a string", "an array", "an object"
     };
@@ -274,9 +273,8 @@ static int json_bool(const Json *object, const char *path, const char *key, int 
     const Json *node = json_get(object, key);
     if (!node)
         return fallback;
-    CHECK(node->kind == JSON_TRUE || node->kind == JSON_FALSE, "%s: \"%s\" is neither true nor "
-          "false",
-          path, key);
+    CHECK(node->kind == JSON_TRUE || node->kind == JSON_FALSE,
+          "%s: \"%s\" is neither true nor false", path, key);
     return node->kind == JSON_TRUE;
 }
 
