@@ -17,8 +17,8 @@ OPT      ?= -O3
 NVCC     ?= $(firstword $(wildcard $(or $(CUDA_HOME),/usr/local/cuda)/bin/nvcc) \
                         $(shell command -v nvcc))
 # No -ffast-math: it would hide NaN. Fused multiply-add is named, so that all builds have it.
-FLOAT    := -ffp-contract=fast -fno-math-errno -march=$(MARCH) $(if $(NO_OMP),,-fopenmp)
-C11       = $(CC) -std=gnu11 $(OPT) $(FLOAT) -Wall -Wextra $(CFLAGS)
+FLOAT    := -ffp-contract=fast -fno-math-errno -march=$(MARCH) $(if $(NO_OMP),-fopenmp-simd,-fopenmp)
+C11       = $(CC) -std=gnu11 $(OPT) $(FLOAT) -Wall -Wextra -Wno-pass-failed $(CFLAGS)
 LIBS     := -lz -lm
 SOURCES  := train_mamba2.c $(wildcard dev/lib/*.h)
 
@@ -38,13 +38,87 @@ build/test_double: test_mamba2.c $(SOURCES)
 	$(C11) -DREAL=double test_mamba2.c -o $@ $(LIBS)
 
 test: train_mamba2 train_mamba2_double build/test_float build/test_double
-	dev/test/run.sh build/test_double build/test_float \
+	@dev/test/run.sh build/test_double build/test_float \
 	    "dev/test/cli.sh ./train_mamba2 ./train_mamba2_double"
 
+test-compilers: $(SOURCES)
+	dev/test/compilers.sh
+test-sanitize: $(SOURCES) test_mamba2.c
+	dev/test/sanitize.sh
+
+# PyTorch and transformers are installed under build/, in the versions of requirements.txt.
+build/venv: dev/reference/requirements.txt
+	python3 -m venv $@
+	$@/bin/pip install --quiet -r $<
+	touch $@
+test-reference: train_mamba2 train_mamba2_double build/venv
+	build/venv/bin/python dev/reference/test_reference.py ./train_mamba2 ./train_mamba2_double
+
+build/bench: dev/bench/bench.c $(SOURCES)
+	@mkdir -p build
+	$(C11) -I. dev/bench/bench.c -o $@ $(LIBS)
+bench: build/bench
+	build/bench
+
+# ---- CUDA ------------------------------------------------------------------------------------------
+# The architecture is that of the first GPU here; without one it is Hopper's.
+GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)
+ARCH     ?= $(or $(subst .,,$(GPU_ARCH)),90)
+NVFLAGS   = -std=c++20 -O3 -gencode arch=compute_$(ARCH),code=sm_$(ARCH) \
+            -Xcompiler "-O3 $(FLOAT)" -DBUILT_FOR=$(ARCH)
+
+train_mamba2cu: train_mamba2.cu $(SOURCES)
+	$(NVCC) $(NVFLAGS) train_mamba2.cu -o $@ -lcublasLt -lcublas $(LIBS)
+
+# ---- CUDA on a CPU: a CUDA source, through dev/emulate, becomes a program of the host -------------
+# EMU: optimisation and debugging;  SAN: sanitizers (without OpenMP under thread)
+EMU      ?= -O1 -g
+SAN      ?=
+EMULATE  := dev/emulate
+EMU_H    := $(wildcard $(EMULATE)/*.h $(EMULATE)/include/*.h) $(EMULATE)/launch.pl
+EMU_OMP  := $(if $(findstring thread,$(SAN)),,-fopenmp)
+EMUCXX    = $(CXX) -std=c++20 -x c++ -iquote . -I $(EMULATE) -I $(EMULATE)/include \
+            -include $(EMULATE)/runtime.h -Wall -Wextra -Wno-unknown-pragmas $(EMU) $(SAN)
+emulated  = perl $(EMULATE)/launch.pl $< | $(EMUCXX) $1 - -o $@ $(LIBS)
+
+train_mamba2emu: train_mamba2.cu $(SOURCES) $(EMU_H)
+	$(call emulated,$(EMU_OMP) -march=$(MARCH) -ffp-contract=fast)
+
+selftestemu: $(EMULATE)/selftest.cu $(EMU_H)
+	$(call emulated)
+
+# the shim's own tests: make test-emulate-shim
+EMU_TESTS := build/emu
+$(EMU_TESTS)/%: $(EMULATE)/%.cu $(EMU_H)
+	@mkdir -p $(@D)
+	$(call emulated)
+$(EMU_TESTS)/%-asan: $(EMULATE)/%.cu $(EMU_H)
+	@mkdir -p $(@D)
+	$(call emulated,-fsanitize=address -fsanitize=undefined)
+$(EMU_TESTS)/%-tsan: $(EMULATE)/%.cu $(EMU_H)
+	@mkdir -p $(@D)
+	$(call emulated,-fsanitize=thread)
+
+EMU_SELF   := $(addprefix $(EMU_TESTS)/,selftest selftest-asan selftest-tsan)
+EMU_FAULTS := $(addprefix $(EMU_TESTS)/,faults faults-asan faults-tsan)
+EMU_QUIET  := 2> $(EMU_TESTS)/said || { cat $(EMU_TESTS)/said; exit 1; }
+test-emulate-shim: $(EMU_SELF) $(EMU_FAULTS)
+	@for order in forward reverse random:1 random:2 random:3; do \
+	    echo "selftest, $$order:"; EMU_ORDER=$$order $(EMU_TESTS)/selftest $(EMU_QUIET); \
+	done
+	@for sm in 80 86; do \
+	    echo "selftest, sm_$$sm:"; EMU_SM=$$sm $(EMU_TESTS)/selftest $(EMU_QUIET); \
+	done
+	@echo "selftest, late streams:"; EMU_STREAMS=late $(EMU_TESTS)/selftest $(EMU_QUIET)
+	@echo "selftest, address and undefined:"; $(EMU_TESTS)/selftest-asan $(EMU_QUIET)
+	@echo "selftest, thread:"; $(EMU_TESTS)/selftest-tsan $(EMU_QUIET)
+	@echo "planted faults:"; timeout 120 sh $(EMULATE)/faults.sh $(EMU_FAULTS)
+
+# ---- the rest --------------------------------------------------------------------------------------
 help:
 	@sed -n '/^# make/s/^# //p; /^# CC/s/^# //p' Makefile
 
 clean:
 	rm -rf train_mamba2 train_mamba2_double train_mamba2cu train_mamba2emu build
 
-.PHONY: all test help clean
+.PHONY: all test test-compilers test-sanitize test-reference bench help clean test-emulate-shim

@@ -66,15 +66,18 @@
 #endif
 typedef REAL real;                      // the type of all weights, activations and gradients
 
-#ifndef _OPENMP
+#ifndef _OPENMP                          // built with -fopenmp-simd: one thread
+static int omp_get_max_threads(void) { return 1; }
 static void omp_set_num_threads(int n) { (void)n; }
 #endif
 
 #ifndef HELPERS_ONCE                    // macros, seen once even when the file is included twice
 #define HELPERS_ONCE
 #define PRINTF(f, a) __attribute__((format(printf, f, a)))
-#define PARALLEL_FOR _Pragma("omp parallel for schedule(static)")
-#define SIMD _Pragma("omp simd")
+#define PRAGMA(...) _Pragma(#__VA_ARGS__)
+#define OMP(...) PRAGMA(omp __VA_ARGS__)
+#define PARALLEL_FOR OMP(parallel for schedule(static))
+#define SIMD OMP(simd)
 #define CHECK(ok, ...) do { if (!(ok)) die(__VA_ARGS__); } while (0)
 #endif
 
@@ -487,7 +490,7 @@ static void rmsnorm_forward(const Dims *d, real *u, real *rstd, const real *resi
     for (size_t i = 0; i < d->n; i++) {
         const real *r = resid + i*M;
         real sum = 0;
-        _Pragma("omp simd reduction(+:sum)")
+        OMP(simd reduction(+:sum))
         for (size_t j = 0; j < M; j++) sum += r[j]*r[j];
         real s = rstd[i] = (real)(1/sqrt((double)sum/(double)M + d->eps));
         SIMD for (size_t j = 0; j < M; j++) u[i*M + j] = r[j]*s*w[j];
@@ -505,7 +508,7 @@ static void rmsnorm_backward(const Dims *d, real *g_resid, real *g_w, const real
         for (size_t i = b*ROWS; i < d->n && i < (b + 1)*ROWS; i++) {
             const real *r = resid + i*M, *g = g_u + i*M;
             real s = rstd[i], dot = 0;
-            _Pragma("omp simd reduction(+:dot)")
+            OMP(simd reduction(+:dot))
             for (size_t j = 0; j < M; j++) dot += g[j]*w[j]*r[j];
             dot *= s*s/(real)M;
             SIMD for (size_t j = 0; j < M; j++) {
@@ -710,7 +713,7 @@ static void ssd_step(const Dims *d, real *y, real *state, const real *x, const r
 static void ssd_recurrence(const Dims *d, real *y, real *final, const real *xBC, const real *dt,
                            const real *A_log, const real *D, const real *initial, const int *doc) {
     size_t E = d->E, H = d->H, P = d->P, N = d->N, G = d->G, S = d->S, T = d->T;
-    _Pragma("omp parallel for schedule(static) collapse(2)")
+    OMP(parallel for schedule(static) collapse(2))
     for (size_t r = 0; r < d->R; r++)
         for (size_t h = 0; h < H; h++) {
             real *state = final + (r*H + h)*N*P;
@@ -811,11 +814,11 @@ static void scale_rows(real *out, const real *w, const real *in, size_t ld, size
 static void ssd_states(const Dims *d, real *states, real *final, const real *xBC, const real *dt,
                        const real *A_log, const real *initial, const int *doc) {
     size_t H = d->H, P = d->P, N = d->N, Q = d->Q, S = d->S, NP = N*P;
-    _Pragma("omp parallel")
+    OMP(parallel)
     {
         real *a = alloc_reals(4*Q + Q*P), *in = a + Q, *out = in + Q, *dt_h = out + Q,
         *u = dt_h + Q;
-        _Pragma("omp for schedule(static) collapse(2)")
+        OMP(for schedule(static) collapse(2))
         for (size_t r = 0; r < d->R; r++)
             for (size_t h = 0; h < H; h++) {
                 real *state = states + (r*d->chunks*H + h)*NP;
@@ -846,11 +849,11 @@ static void ssd_forward(const Dims *d, real *y, real *states, real *final, const
                         const int *doc) {
     size_t E = d->E, H = d->H, P = d->P, N = d->N, G = d->G, Q = d->Q, S = d->S;
     ssd_states(d, states, final, xBC, dt, A_log, initial, doc);
-    _Pragma("omp parallel")
+    OMP(parallel)
     {
         real *L = alloc_reals(2*Q*Q + N*Q + 4*Q), *CB = L + Q*Q, *Bt = CB + Q*Q, *a = Bt + N*Q;
         real *in = a + Q, *out = in + Q, *dt_h = out + Q;
-        _Pragma("omp for schedule(static) collapse(2)")
+        OMP(for schedule(static) collapse(2))
         for (size_t k = 0; k < d->R*d->chunks; k++)
             for (size_t g = 0; g < G; g++) {
                 Chunk c = chunk_at(d, xBC, k, g);
@@ -880,11 +883,11 @@ static void ssd_states_backward(const Dims *d, real *g_states, real *g_initial, 
                                 const real *g_final, const real *xBC, const real *dt,
                                 const real *A_log, const int *doc) {
     size_t E = d->E, H = d->H, P = d->P, N = d->N, Q = d->Q, S = d->S, NP = N*P;
-    _Pragma("omp parallel")
+    OMP(parallel)
     {
         real *a = alloc_reals(4*Q + Q*P), *in = a + Q, *out = in + Q, *dt_h = out + Q,
         *u = dt_h + Q;
-        _Pragma("omp for schedule(static) collapse(2)")
+        OMP(for schedule(static) collapse(2))
         for (size_t r = 0; r < d->R; r++)
             for (size_t h = 0; h < H; h++) {
                 real *g = g_states + ((r + 1)*d->chunks - 1)*H*NP + h*NP;
@@ -914,7 +917,7 @@ static void ssd_g_a(real *g_a, real *G, const real *rho, const real *pi, real ka
     for (size_t t = len; t-- > 0; ) {
         real *row = G + t*Q, sum = 0;
         if (t + 1 < len) SIMD for (size_t s = 0; s <= t; s++) row[s] += row[Q + s];
-        _Pragma("omp simd reduction(+:sum)")
+        OMP(simd reduction(+:sum))
         for (size_t s = 0; s < t; s++) sum += row[s];
         after += pi[t];
         g_a[t] = sum + after + kappa;
@@ -970,14 +973,14 @@ static void ssd_head_backward(const Dims *d, const SsdWork *w, const Chunk *c, s
     for (size_t s = 0; s < len; s++) {
         real *R = w->R + s*P, dot = 0;
         SIMD for (size_t p = 0; p < P; p++) R[p] *= w->out[s];
-        _Pragma("omp simd reduction(+:dot)")
+        OMP(simd reduction(+:dot))
         for (size_t p = 0; p < P; p++) dot += R[p]*x[s*S + p];
         w->rho[s] = w->dt[s]*dot;
     }
     matmul_small(w->R, P, w->L, 1, Q, gy, E, len, P, len, 1);
     for (size_t s = 0; s < len; s++) {
         real *R = w->R + s*P, *gx = g_xBC + (c->first + s)*S + h*P, Rx = 0, gyx = 0;
-        _Pragma("omp simd reduction(+:Rx,gyx)")
+        OMP(simd reduction(+:Rx,gyx))
         for (size_t p = 0; p < P; p++) {
             Rx += R[p]*x[s*S + p];
             gyx += gy[s*E + p]*x[s*S + p];
@@ -1002,7 +1005,7 @@ static void ssd_head_backward(const Dims *d, const SsdWork *w, const Chunk *c, s
             w->pi[l] += w->tmp[i*Q + l]*w->Ct[i*Q + l];
             w->gCt[i*Q + l] += w->tmp[i*Q + l];
         }
-    _Pragma("omp simd reduction(+:kappa)")
+    OMP(simd reduction(+:kappa))
     for (size_t i = 0; i < N*P; i++) kappa += state[i]*g_state[i];
     ssd_g_a(w->g_a, w->G, w->rho, w->pi, total*kappa, len, Q);
     for (size_t i = 0; i < len; i++) g_a[(c->first + i)*H + h] = w->g_a[i];
@@ -1018,10 +1021,10 @@ static void ssd_backward(const Dims *d, real *g_xBC, real *g_dt, real *g_A_log, 
     real *g_a = alloc_reals(2*n*H), *g_D_token = g_a + n*H;
     ssd_states(d, states, NULL, xBC, dt, A_log, initial, doc);
     ssd_states_backward(d, g_states, g_initial, g_y, g_final, xBC, dt, A_log, doc);
-    _Pragma("omp parallel")
+    OMP(parallel)
     {
         SsdWork w = ssd_work(d);
-        _Pragma("omp for schedule(static) collapse(2)")
+        OMP(for schedule(static) collapse(2))
         for (size_t k = 0; k < d->R*d->chunks; k++)
             for (size_t g = 0; g < G; g++) {
                 Chunk c = chunk_at(d, xBC, k, g);
@@ -1067,7 +1070,7 @@ static void gated_rmsnorm_forward(const Dims *d, real *o, real *rstd, const real
         for (size_t g = 0; g < G; g++) {
             const real *yg = y + i*E + g*m, *z = zxBCdt + i*d->Z + g*m, *wg = w + g*m;
             real *og = o + i*E + g*m, sum = 0;
-            _Pragma("omp simd reduction(+:sum)")
+            OMP(simd reduction(+:sum))
             for (size_t j = 0; j < m; j++) {
                 og[j] = yg[j]*silu(z[j]);
                 sum += og[j]*og[j];
@@ -1093,7 +1096,7 @@ static void gated_rmsnorm_backward(const Dims *d, real *g_y, real *g_zxBCdt, rea
             const real *z = zxBCdt + i*d->Z + g*m;
             real *gy = g_y + i*E + g*m, *gz = g_zxBCdt + i*d->Z + g*m, *part = parts + b*E + g*m;
             real s = rstd[ig], dot = 0;
-            _Pragma("omp simd reduction(+:dot)")
+            OMP(simd reduction(+:dot))
             for (size_t j = 0; j < m; j++) {
                 sig[j] = sigmoid(z[j]);
                 real v = yg[j]*z[j]*sig[j]*s;
@@ -1139,10 +1142,10 @@ static void swiglu_backward(const Dims *d, real *g_ab, const real *g_h, const re
 // One row of logits (V) becomes its gradient (softmax - 1[target])*scale; returns the loss.
 static real cross_entropy(real *logits, size_t V, int target, real scale) {
     real top = logits[0], sum = 0;
-    _Pragma("omp simd reduction(max:top)")
+    OMP(simd reduction(max:top))
     for (size_t v = 1; v < V; v++) top = logits[v] > top ? logits[v] : top;
     real loss = top - logits[target];
-    _Pragma("omp simd reduction(+:sum)")
+    OMP(simd reduction(+:sum))
     for (size_t v = 0; v < V; v++) sum += logits[v] = expr(logits[v] - top);
     real k = scale/sum;
     SIMD for (size_t v = 0; v < V; v++) logits[v] *= k;
@@ -1385,7 +1388,7 @@ static double gradient_norm(Model *m) {
     for (size_t b = 0; b < blocks; b++) {
         size_t end = (b + 1)*block < m->size ? (b + 1)*block : m->size;
         double part = 0;
-        _Pragma("omp simd reduction(+:part)")
+        OMP(simd reduction(+:part))
         for (size_t i = b*block; i < end; i++) part += (double)m->grads[i]*(double)m->grads[i];
         parts[b] = part;
     }
@@ -1407,7 +1410,7 @@ static void adamw(Model *m, double lr, double grad_scale, Int t) {
         real *w = ((real **)&m->w)[k], *g = ((real **)&m->g)[k];
         real *mean = ((real **)&m->m)[k], *square = ((real **)&m->v)[k];
         real keep = (real)(1 - lr*(m->specs[k].decay ? flags.weight_decay : 0));
-        _Pragma("omp parallel for simd schedule(static)")
+        OMP(parallel for simd schedule(static))
         for (size_t i = 0; i < m->specs[k].count; i++) {
             real gi = g[i]*gs;
             mean[i] = b1*mean[i] + c1*gi;
@@ -1437,7 +1440,7 @@ enum { WINDOW = 128 };
 typedef struct { double values[WINDOW]; Int count; } Recent;
 
 static int outlier(const Recent *r, double value, double limit) {
-    Int n = r->count < WINDOW ? r->count : WINDOW;
+    Int n = r->count < WINDOW ? r->count : (Int)WINDOW;
     if (limit <= 0 || n < 16) return 0;                      // not enough history to judge by
     double mean = 0, var = 0;
     for (Int i = 0; i < n; i++) mean += r->values[i]/(double)n;
@@ -2317,7 +2320,7 @@ static void finish_dims(Dims *d, const char *dir, size_t R, size_t T) {
     flags.dt_limit = strdup(str("%.17g,%.17g", d->dt_lo, d->dt_hi));
     d->H = d->E/d->P, d->S = d->E + 2*d->G*d->N, d->Z = d->S + d->E + d->H;
     CHECK(d->H % d->G == 0, "%s: n_groups %zu does not divide the %zu heads", dir, d->G, d->H);
-    d->Q = (size_t)(flags.chunk_size ? flags.chunk_size : BEST_CHUNK);
+    d->Q = flags.chunk_size ? (size_t)flags.chunk_size : (size_t)BEST_CHUNK;
     d->kept = flags.recompute ? 1 : d->L;
     d->lanes = flags.carry ? mul(R, (size_t)flags.accum) : 0;
     dims_batch(d, R, T);

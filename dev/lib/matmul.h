@@ -39,12 +39,6 @@
 #undef UNROLL
 #define UNROLL
 #endif
-#ifdef _OPENMP
-#define OMP_(directive) _Pragma(#directive)
-#define OMP(...) OMP_(omp __VA_ARGS__)
-#else
-#define OMP(...)
-#endif
 #if defined BF16_EMULATE            // bf16 values of k in a place of a panel: 0 when not built in
 #define BF16 1
 #elif defined __AVX512BF16__

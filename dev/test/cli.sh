@@ -4,7 +4,7 @@
 # No network, no Python. Prints each failure, then `N passed, N failed`; the exit status tells.
 #
 #     dev/test/cli.sh ./train_mamba2 ./train_mamba2_double
-#     ONLY=resume dev/test/cli.sh ./train_mamba2         one section (the names are at the end)
+#     ONLY=resume dev/test/cli.sh ./train_mamba2         one section: a function test_NAME below
 set -u
 export LC_ALL=C OMP_NUM_THREADS=1
 [ $# -ge 1 ] || { echo "usage: cli.sh PROGRAM [DOUBLE]" >&2; exit 2; }
@@ -15,17 +15,17 @@ here=$(cd "$(dirname "$0")/../.." && pwd)
 memory=/dev/shm                                  # fsync costs nothing there
 [ -w $memory ] || memory=${TMPDIR:-/tmp}
 dir=$(mktemp -d "$memory/cli.XXXXXX")
-mounted=
 cleanup() {
-    jobs -p | xargs -r kill -9 2>/dev/null
-    [ -z "$mounted" ] || umount "$mounted"
+    jobs -p | xargs -r kill 2>/dev/null
+    wait 2>/dev/null
+    grep -q "$dir" /proc/mounts 2>/dev/null && umount "$dir"/*/full
     rm -rf "$dir"
 }
 trap cleanup EXIT
 cd "$dir" || exit 1
 
 # ---- helpers -------------------------------------------------------------------------------------
-passed=0 failed=0 known=0
+passed=0 failed=0
 good() { passed=$((passed + 1)); }
 bad() {                                          # bad NAME [DETAIL...]
     failed=$((failed + 1))
@@ -103,13 +103,16 @@ wait_for() {                                     # wait_for COMMAND...: up to 20
     return 1
 }
 log_has() { [ -f "$1/log.jsonl" ] && [ "$(wc -l <"$1/log.jsonl")" -ge "$2" ]; }
-section() { [ -z "${ONLY:-}" ] || [ "$ONLY" = "$1" ] || return 1; at=$SECONDS; }
 json_line='^\{("[a-z_0-9]+":(-?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?|true|false|null|"[^"]*"),?)+\}$'
 
 gzip -dc "$here/data/tinyshakespeare.txt.gz" >all.txt || exit 1
 head -c 6000 all.txt >a.txt
 tail -c 3000 all.txt >b.txt
-trains --out base --steps 6 --save-every 2       # many tests below use it
+head -c 3000 a.txt >p1.txt                       # two halves, and nine tenths with the rest
+tail -c 3000 a.txt >p2.txt
+head -c 5400 a.txt >first.txt
+tail -c 600 a.txt >last.txt
+trains --out base --steps 6 --save-every 2
 [ -e base/last/model.safetensors ] || { cat stderr; echo "cannot train at all"; exit 1; }
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -250,8 +253,6 @@ test_data() {
         expect 0 '' $tiny $quiet --data $name $vocab data-$name
         check "$name trains as a.txt does" same_model text data-$name
     done
-    head -c 3000 a.txt >p1.txt
-    tail -c 3000 a.txt >p2.txt
     expect 0 '' $tiny $quiet --data 'p?.txt' $vocab glob
     expect 0 '' $tiny $quiet --data 'p2.txt,p1.txt' $vocab list
     expect 0 '' $tiny $quiet --data 'p*.txt,p2.txt,p1.txt' $vocab twice
@@ -269,8 +270,6 @@ test_data() {
     shard tiny.txt 2 >s0.bin
     expect 0 'warning: s0.bin.*20 tokens' $tiny $quiet --data 's?.bin*' $vocab skipped --shuffle 0
     # the split
-    head -c 5400 a.txt >first.txt
-    tail -c 600 a.txt >last.txt
     trains --out split --steps 4 --eval-every 2 --save-every 4
     expect 0 '' $tiny $quiet --data first.txt --val-data last.txt --out split2 --steps 4 --eval-every 2 --save-every 4
     check 'the last tenth of one text validates' [ "$(losses split)" = "$(losses split2)" ]
@@ -644,7 +643,6 @@ test_disk() {
         echo "note: cannot mount: skipped the full disk"
         return
     fi
-    mounted=$dir/full
     expect 1 'full/out' $small --steps 50 --save-every 1 --keep 0 --out full/out
     check 'disk full: the last checkpoint is whole' [ -e full/out/last/model.safetensors ]
     expect 0 '' $small --init full/out/last --eval b.txt
@@ -653,7 +651,7 @@ test_disk() {
     expect 1 'full/' $small --steps 50 --out full/other
     expect 1 'full/' $small --steps 50 --out full/out --resume
     expect 0 '' --out full/out --generate 3
-    umount full && mounted=
+    umount full
 }
 
 # ---- the log ------------------------------------------------------------------------------------------
@@ -837,7 +835,7 @@ test_inspect() {
 
 # ---- numerics ---------------------------------------------------------------------------------------------
 test_nan() {
-    local header at
+    local header at name
     header=$(($(od -An -tu8 -N 8 base/last/model.safetensors | tr -d ' ') + 8))
     for at in embeddings.weight layers.0.mixer.in_proj.weight layers.0.mixer.A_log norm_f.weight; do
         rm -rf poison
@@ -848,7 +846,9 @@ test_nan() {
         # the embedding of the letter e, or the first number
         [ $at != embeddings.weight ] || begin=$((begin + 101*16*4))
         printf '\x00\x00\xc0\x7f' | dd of=poison/model.safetensors bs=1 seek=$((header + begin)) conv=notrunc status=none
-        expect 1 "step 1: .*${at##*.mixer.}" \
+        name=${at%.weight}
+        name=${name##*.}
+        expect 1 "step 1: .*${name%s}" \
             $small --init poison --steps 3 --save-every 1 --out nan
         check_not "NaN in $at: nothing saved" compgen -G 'nan/step_*' >/dev/null
     done
@@ -893,10 +893,25 @@ test_users() {
     check_not "and no directory" [ -e elsewhere/out ]
 }
 
-for name in flags data models resume damage signals kills disk log keep generate inspect nan users; do
-    section $name || continue
-    test_$name
-    [ -z "${TIMES:-}" ] || echo "$name: $((SECONDS - at)) s"
+# ---- all of them, two at a time, each in a directory with its own copy of the files above -------------
+section() {
+    local began=$SECONDS
+    passed=0 failed=0
+    mkdir "$1"
+    cp -r ./*.txt base "$1"
+    cd "$1" || exit 1
+    "test_$1"
+    [ -z "${TIMES:-}" ] || echo "$1: $passed passed, $((SECONDS - began)) s"
+    echo "$passed $failed" >../"$1".count
+}
+for name in ${ONLY:-kills damage flags signals resume data models users generate disk log keep inspect nan}; do
+    while [ "$(jobs -rp | wc -l)" -ge 2 ]; do wait -n; done
+    (section "$name") &
+done
+wait
+for name in *.count; do
+    read -r p f <"$name"
+    passed=$((passed + p)) failed=$((failed + f))
 done
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]
