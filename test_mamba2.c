@@ -1069,7 +1069,7 @@ static void test_generation(void) {
             for (size_t piece = 1; piece <= prompt; piece += 1 + piece) {
                 sampler_open(&s, &m, piece);
                 const real *logits = sampler_feed(&s, m.ids, prompt);
-                sampler_step_mode(&s);
+                sampler_recurrent(&s);
                 for (size_t t = prompt;; t++) {
                     double *ref = doubles_of(parallel + (t - 1)*d.V, d.V);
                     expect(error_of(logits, ref, ref, d.V), model_bound(&d),
@@ -1234,7 +1234,7 @@ static void test_outliers(void) {
     Recent r;
     memset(&r, 0, sizeof r);
     for (int i = 0; i < 3*WINDOW; i++) {
-        if (i < WINDOW) EXPECT(!outlier(&r, 1e9, 3), "after %d values", i);
+        if (i < HISTORY) EXPECT(!outlier(&r, 1e9, 3), "after %d values", i);
         remember(&r, i < WINDOW ? 1e6 : i%2*2);              // the old ones are forgotten: mean 1, sd 1
     }
     EXPECT(!outlier(&r, 3.99, 3) && outlier(&r, 4.01, 3), "three deviations");
@@ -1283,7 +1283,7 @@ static Loader open_shards(size_t R, size_t T, size_t accum, int shuffle, int pac
     d.shuffle = shuffle, d.packed = packed, d.carry = carry, d.seed = 5, d.accum = accum;
     int quiet = open("/dev/null", O_WRONLY), old = dup(2);   // the third shard is too small: a warning
     dup2(quiet, 2);
-    loader_start(&d, 10000, R, T);
+    loader_start(&d, 10000, R, T, 1);
     dup2(old, 2);
     close(quiet), close(old);
     given[FLAG_eot] = 0;
@@ -1435,7 +1435,7 @@ static void test_text(void) {
     int wide[] = { 0, 70000, 128255 };
     write_tokens("wide.bin", 7, wide, 3);
     loader_open(&d, str("%s/wide.bin", scratch), "--data", bytes);
-    loader_start(&d, 128256, 1, 2);
+    loader_start(&d, 128256, 1, 2, 1);
     loader_next(&d);
     EXPECT(d.ids[1] == 70000 && d.targets[1] == 128255, "tokens of 32 bits");
 }
@@ -1623,7 +1623,7 @@ int main(int argc, char **argv) {
         fflush(stdout);
         passed += (size_t)good, failed += (size_t)!good;
     }
-    remove_directory(scratch);
+    remove_tree(scratch);
     printf("%zu passed, %zu failed\n", passed, failed);
     return failed || !passed;
 }

@@ -1436,12 +1436,12 @@ static double learning_rate(Int t) {
 }
 
 // A value more than `limit` standard deviations above the mean of the last 128 is an outlier.
-enum { WINDOW = 128 };
+enum { WINDOW = 128, HISTORY = 16 };     // values kept, and those that it takes to judge
 typedef struct { double values[WINDOW]; Int count; } Recent;
 
 static int outlier(const Recent *r, double value, double limit) {
     Int n = r->count < WINDOW ? r->count : (Int)WINDOW;
-    if (limit <= 0 || n < 16) return 0;                      // not enough history to judge by
+    if (limit <= 0 || n < HISTORY) return 0;
     double mean = 0, var = 0;
     for (Int i = 0; i < n; i++) mean += r->values[i]/(double)n;
     for (Int i = 0; i < n; i++) var += (r->values[i] - mean)*(r->values[i] - mean)/(double)n;
@@ -2672,10 +2672,12 @@ static int verb_train(Run *run) {
     CHECK(!count || flags.resume, "--out %s holds %zu checkpoints; go on with --resume, or choose "
           "another "
           "directory", flags.out, count);
-    lock_out();
+    int existed = exists(flags.out);
+    if (existed) lock_out();
     char *dir = find_checkpoint();
     Json *state = dir ? read_state(dir) : NULL;
     run_open(run, dir ? dir : *flags.init ? flags.init : NULL, state, 1);
+    if (!existed) lock_out();           // bad input leaves no directory behind
     json_free(state), free(dir);
     if (run->p.step >= flags.steps)
         return printf("nothing to do: already at step %" PRId64 " of %" PRId64 "\n", run->p.step,
@@ -2698,7 +2700,6 @@ static int verb_generate(Run *run) {
         CHECK((size_t)prompt[i] < d->V, "--prompt: token %d is outside the vocabulary of %zu",
               prompt[i], d->V);
     run->device->generate(&run->m, run->tok, prompt, count, flags.generate, RANDOM_SAMPLE);
-    CHECK(!ferror(stdout) || errno == EPIPE, "standard output: %s", strerror(errno));
     return 0;
 }
 
@@ -2744,10 +2745,12 @@ static int run_main(int argc, char **argv, const Backend *device) {
     0;
     flags_check();
     if (given[FLAG_threads]) omp_set_num_threads((int)flags.threads);
-    if (given[FLAG_generate]) return verb_generate(&run);
-    if (given[FLAG_eval]) return verb_eval(&run);
-    if (flags.compare || flags.dry_run || given[FLAG_dump]) return verb_inspect(&run);
-    return verb_train(&run);
+    int status = given[FLAG_generate] ? verb_generate(&run) : given[FLAG_eval] ? verb_eval(&run)
+               : flags.compare || flags.dry_run || given[FLAG_dump] ? verb_inspect(&run)
+               : verb_train(&run);
+    CHECK((fflush(stdout) == 0 && !ferror(stdout)) || errno == EPIPE, "standard output: %s",
+          strerror(errno));
+    return status;
 }
 
 // ---- the CPU as a device ------------------------------------------------------------------------

@@ -136,6 +136,20 @@ __host__ __device__ inline unsigned pieces(size_t count, size_t each) {
     return (unsigned)((count + each - 1) / each);
 }
 
+// Shared memory that a block may have, and asking for more than the 48 KB that every block may.
+static size_t shared_room() {
+    static int device, room;
+    if (!room) {
+        CUDA(cudaGetDevice(&device));
+        CUDA(cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    }
+    return (size_t)room;
+}
+template<class Kernel>
+static void allow_shared(Kernel kernel, size_t bytes) {
+    CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
+
 // == device functions =============================================================================
 
 #undef UNROLL
@@ -196,53 +210,68 @@ __device__ inline float warp_scan(float v) {
     }
     return v;
 }
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// exp and sigmoid as exact as the type that the result goes to: the fast ones err by 2^-21 or so.
+template<typename floatX> __device__ inline float exp_of(float x) {
+    return sizeof(floatX) == sizeof(float) ? expf(x) : exp2_fast(x * 1.44269504f);
+}
+template<typename floatX> __device__ inline float sigmoid(float x) {
+    float e = 1.0f + exp_of<floatX>(-x);
+    return sizeof(floatX) == sizeof(float) ? 1.0f / e : __fdividef(1.0f, e);
+}
 
 // ---- rows: 8 neighbouring columns a thread -------------------------------------------------------
 // Kernels that go over rows give each thread K vectors of 8 columns, a block's width apart; what lies
 // past the last column reads as zeros. K is a template argument, so that all stays in registers.
-struct Vec {
-    float v[8];
+template<int COUNT> struct VecOf {
+    float v[COUNT];
 };
+typedef VecOf<8> Vec;
 
-template<typename X>
-__device__ inline Vec load(const X *from, size_t column, size_t columns) {
-    Vec x = {};
+template<int BYTES> struct WordOf;                         // what one instruction moves
+template<> struct WordOf<8> { typedef uint2 type; };
+template<> struct WordOf<16> { typedef uint4 type; };
+
+template<int COUNT = 8, typename X>
+__device__ inline VecOf<COUNT> load(const X *from, size_t column, size_t columns) {
+    constexpr int BYTES = COUNT * sizeof(X) < 16 ? COUNT * sizeof(X) : 16, PIECE = BYTES / sizeof(X);
+    typedef typename WordOf<BYTES>::type Word;
+    VecOf<COUNT> x = {};
     const X *p = from + column;
-    if (column + 8 <= columns && (uintptr_t)p % 16 == 0) {         // as 16-byte pieces
-        constexpr int PIECE = 16 / sizeof(X);
-        UNROLL for (int i = 0; i < 8; i += PIECE) {
-            uint4 piece = *(const uint4 *)(p + i);
+    if (column + COUNT <= columns && (uintptr_t)p % BYTES == 0) {
+        UNROLL for (int i = 0; i < COUNT; i += PIECE) {
+            Word word = *(const Word *)(p + i);
             X element[PIECE];
-            memcpy(element, &piece, 16);
+            memcpy(element, &word, BYTES);
             UNROLL for (int j = 0; j < PIECE; j++) {
                 x.v[i + j] = (float)element[j];
             }
         }
     } else {
-        UNROLL for (int i = 0; i < 8; i++) {
+        UNROLL for (int i = 0; i < COUNT; i++) {
             if (column + i < columns) x.v[i] = (float)p[i];
         }
     }
     return x;
 }
 
-template<typename X>
-__device__ inline void store(X *to, size_t column, size_t columns, const Vec &x) {
+template<int COUNT, typename X>
+__device__ inline void store(X *to, size_t column, size_t columns, const VecOf<COUNT> &x) {
+    constexpr int BYTES = COUNT * sizeof(X) < 16 ? COUNT * sizeof(X) : 16, PIECE = BYTES / sizeof(X);
+    typedef typename WordOf<BYTES>::type Word;
     X *p = to + column;
-    if (column + 8 <= columns && (uintptr_t)p % 16 == 0) {
-        constexpr int PIECE = 16 / sizeof(X);
-        UNROLL for (int i = 0; i < 8; i += PIECE) {
+    if (column + COUNT <= columns && (uintptr_t)p % BYTES == 0) {
+        UNROLL for (int i = 0; i < COUNT; i += PIECE) {
             X element[PIECE];
             UNROLL for (int j = 0; j < PIECE; j++) {
                 element[j] = (X)x.v[i + j];
             }
-            uint4 piece;
-            memcpy(&piece, element, 16);
-            *(uint4 *)(p + i) = piece;
+            Word word;
+            memcpy(&word, element, BYTES);
+            *(Word *)(p + i) = word;
         }
     } else {
-        UNROLL for (int i = 0; i < 8; i++) {
+        UNROLL for (int i = 0; i < COUNT; i++) {
             if (column + i < columns) p[i] = (X)x.v[i];
         }
     }
@@ -272,7 +301,7 @@ static void by_columns(size_t columns, F f) {
 
 // Sums over rows go in two stages: each of at most PARTS blocks adds up its span of rows, then
 // to[c] += the parts of column c in order.
-constexpr size_t PARTS = 512;
+constexpr size_t PARTS = 1024;
 __global__ void __launch_bounds__(256)
 add_parts_kernel(float *to, const float *parts, size_t count, size_t columns, size_t pitch) {
     __shared__ float sums[8][32];
@@ -528,12 +557,13 @@ rmsnorm_backward_kernel(float *g_resid, float *g_w_parts, floatX *copy, const fl
         weight[k] = load(w, (threadIdx.x + k * blockDim.x) * 8, M);
     }
     for (size_t row = blockIdx.x * span; row < min(n, (blockIdx.x + 1) * span); row++) {
-        Vec x[K], v[K];
+        Vec x[K], v[K], g[K];
         float dot = 0.0f, scale = rstd[row];
         UNROLL for (int k = 0; k < K; k++) {
             size_t c = (threadIdx.x + k * blockDim.x) * 8;
             x[k] = load(resid + row * M, c, M);
             v[k] = load(g_u + row * M, c, M);
+            g[k] = load(g_resid + row * M, c, M);
             UNROLL for (int i = 0; i < 8; i++) {
                 x[k].v[i] *= scale;
                 g_w[k].v[i] += x[k].v[i] * v[k].v[i];
@@ -544,12 +574,11 @@ rmsnorm_backward_kernel(float *g_resid, float *g_w_parts, floatX *copy, const fl
         dot = block_sum(dot, part[row % 2]) / M;
         UNROLL for (int k = 0; k < K; k++) {
             size_t c = (threadIdx.x + k * blockDim.x) * 8;
-            Vec g = load(g_resid + row * M, c, M);
             UNROLL for (int i = 0; i < 8; i++) {
-                g.v[i] += scale * (v[k].v[i] - x[k].v[i] * dot);
+                g[k].v[i] += scale * (v[k].v[i] - x[k].v[i] * dot);
             }
-            store(g_resid + row * M, c, M, g);
-            store(copy + row * M, c, M, g);
+            store(g_resid + row * M, c, M, g[k]);
+            store(copy + row * M, c, M, g[k]);
         }
     }
     UNROLL for (int k = 0; k < K; k++) {
@@ -708,54 +737,61 @@ static void linear_backward(floatX *g_in, float *g_weight, const floatX *g_out, 
 // xBC_t = silu(pre_t), pre_t = b + sum over k of w_k in_{t-(W-1)+k}, in: the columns x | B | C of zxBCdt
 // backward: g_pre = g_xBC silu'(pre);  g_in_t = sum over k of w_k g_pre_{t+(W-1)-k};
 //           g_w_k += sum over t of g_pre_t in_{t-(W-1)+k};  g_b += sum of g_pre
-// A thread walks CONV_ROWS steps of 8 channels with the last TAPS inputs in registers. TAPS is W, or
-// more: missing taps are the oldest, with weight 0.
-constexpr int CONV_ROWS = 16;
+// A thread walks CONV_ROWS steps of CHANNELS channels with the last TAPS inputs in registers. TAPS is W,
+// or more: missing taps are the oldest, with weight 0.
+constexpr int CONV_ROWS = 32;
 
-template<int TAPS, typename floatX>
+template<int TAPS, int CHANNELS, typename floatX>
 struct Conv {
+    typedef VecOf<CHANNELS> Channels;
     const Dims &d;
-    size_t r, c;                                           // row of the batch; first channel
-    const floatX *zxBCdt, *past;
+    int c;                                                 // first channel
+    const floatX *rows, *past;                             // of this row of the batch, from x on
     const int *doc;
-    Vec w[TAPS], b, in[TAPS];                              // in[k]: the input under tap k
+    Channels w[TAPS], b, in[TAPS];                         // in[k]: the input under tap k
 
-    __device__ Conv(const Dims &d, size_t r, size_t c, const floatX *zxBCdt, const float *weight,
-                    const float *bias, const floatX *past, const int *doc)
-        : d(d), r(r), c(c), zxBCdt(zxBCdt), past(past), doc(doc) {
-        UNROLL for (int k = 0; k < TAPS; k++) {
-            UNROLL for (int i = 0; i < 8; i++) {
-                bool there = c + i < d.S && k + d.W >= TAPS;
-                w[k].v[i] = there ? weight[(c + i) * d.W + k + d.W - TAPS] : 0.0f;
+    __device__ Conv(const Dims &d, size_t r, int c, const floatX *zxBCdt, const float *weight,
+                    const float *bias, const floatX *all_past, const int *docs)
+        : d(d), c(c), rows(zxBCdt + r * d.T * d.pitch + d.E), past(all_past), doc(docs) {
+        if (past) past += r * (d.W - 1) * d.S;
+        if (doc) doc += r * d.T;
+        if (d.W == TAPS) {                                 // channel by channel, TAPS each
+            VecOf<CHANNELS *TAPS> all = load<CHANNELS * TAPS>(weight, c * TAPS, d.S * TAPS);
+            UNROLL for (int i = 0; i < CHANNELS * TAPS; i++) {
+                w[i % TAPS].v[i / TAPS] = all.v[i];
+            }
+        } else {
+            UNROLL for (int i = 0; i < CHANNELS * TAPS; i++) {
+                size_t channel = c + i / TAPS, tap = i % TAPS + d.W - TAPS;
+                bool there = channel < d.S && i % TAPS + d.W >= TAPS;
+                w[i % TAPS].v[i / TAPS] = there ? weight[channel * d.W + tap] : 0.0f;
             }
         }
-        b = load(bias, c, d.S);
+        b = load<CHANNELS>(bias, c, d.S);
     }
-    __device__ Vec input(long t) const {
-        long before = t + (long)d.W - 1;                   // place in past (R,W-1,S)
-        if (t >= (long)d.T || before < 0) return Vec{};
-        if (t >= 0) return load(zxBCdt + (r * d.T + t) * d.pitch + d.E, c, d.S);
-        return past ? load(past + (r * (d.W - 1) + before) * d.S, c, d.S) : Vec{};
+    __device__ Channels input(int t) const {
+        int before = t + (int)d.W - 1;                     // place in past (W-1,S)
+        if (t >= (int)d.T || before < 0) return Channels{};
+        if (t >= 0) return load<CHANNELS>(rows + t * d.pitch, c, d.S);
+        return past ? load<CHANNELS>(past + before * d.S, c, d.S) : Channels{};
     }
-    __device__ void start(long t) {                        // before the first call of next(t)
+    __device__ void start(int t) {                         // before the first call of next(t)
         UNROLL for (int k = 1; k < TAPS; k++) {
             in[k] = input(t - TAPS + k);
         }
     }
-    __device__ bool sees(long t, int back) const {         // is step t - back of the same document?
-        if (!doc) return true;
-        const int *here = doc + r * d.T + t;
-        return here[0] == (t >= back ? here[-back] : 0);
+    __device__ bool sees(int t, int back) const {          // is step t - back of the same document?
+        return !doc || doc[t] == (t >= back ? doc[t - back] : 0);
     }
-    __device__ Vec next(long t) {                          // takes in step t, gives pre_t
+    __device__ Channels next(int t, const Channels &now) { // takes in step t, gives pre_t
         UNROLL for (int k = 1; k < TAPS; k++) {
             in[k - 1] = in[k];
         }
-        in[TAPS - 1] = input(t);
-        Vec pre = b;
+        in[TAPS - 1] = now;
+        Channels pre = b;
         UNROLL for (int k = 0; k < TAPS; k++) {
             if (!sees(t, TAPS - 1 - k)) continue;
-            UNROLL for (int i = 0; i < 8; i++) {
+            UNROLL for (int i = 0; i < CHANNELS; i++) {
                 pre.v[i] += w[k].v[i] * in[k].v[i];
             }
         }
@@ -764,20 +800,29 @@ struct Conv {
 };
 
 template<int TAPS, typename floatX>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, TAPS <= 4 ? 2 : 1)
 conv1d_forward_kernel(floatX *xBC, const floatX *zxBCdt, const float *w, const float *b,
                       const floatX *past, const int *doc, Dims d) {
-    size_t c = (blockIdx.y * (size_t)32 + threadIdx.x % 32) * 8, r = blockIdx.z;
-    long t0 = (blockIdx.x * (long)8 + threadIdx.x / 32) * CONV_ROWS;
-    if (c >= d.S) return;
-    Conv<TAPS, floatX> conv(d, r, c, zxBCdt, w, b, past, doc);
+    int c = (blockIdx.y * 32 + threadIdx.x % 32) * 8, T = d.T;
+    int t0 = (blockIdx.x * 8 + threadIdx.x / 32) * CONV_ROWS;
+    size_t r = blockIdx.z;
+    if (c >= d.S || t0 >= T) return;
+    xBC += r * d.T * d.S;
+    Conv<TAPS, 8, floatX> conv(d, r, c, zxBCdt, w, b, past, doc);
     conv.start(t0);
-    for (long t = t0; t < min(t0 + CONV_ROWS, (long)d.T); t++) {
-        Vec x = conv.next(t);
-        UNROLL for (int i = 0; i < 8; i++) {
-            x.v[i] *= sigmoid(x.v[i]);
+    for (int t = t0; t < min(t0 + CONV_ROWS, T); t += 2) {
+        Vec in[2];                                         // two loads at a time are on their way
+        UNROLL for (int k = 0; k < 2; k++) {
+            in[k] = conv.input(t + k);
         }
-        store(xBC + (r * d.T + t) * d.S, c, d.S, x);
+        UNROLL for (int k = 0; k < 2; k++) {
+            if (t + k >= T) break;
+            Vec x = conv.next(t + k, in[k]);
+            UNROLL for (int i = 0; i < 8; i++) {
+                x.v[i] *= sigmoid<floatX>(x.v[i]);
+            }
+            store(xBC + (t + k) * d.S, c, d.S, x);
+        }
     }
 }
 
@@ -804,51 +849,65 @@ static void conv1d_forward(const Dims *d, floatX *xBC, const floatX *zxBCdt, con
 // A thread goes TAPS - 1 steps past its own: g_in_t needs g_pre up to t + TAPS - 1. due[k] is what
 // g_in has so far at the step that is under tap k. parts (grid.x * R, S W | S): of g_w and g_b.
 template<int TAPS, typename floatX>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, TAPS <= 4 ? 2 : 1)
 conv1d_backward_kernel(floatX *g_zxBCdt, float *parts, const floatX *g_xBC, const floatX *zxBCdt,
                        const float *w, const float *b, const floatX *past, const int *doc, Dims d) {
-    __shared__ float sums[8][256];
-    size_t lane = threadIdx.x % 32, slice = threadIdx.x / 32, r = blockIdx.z;
-    size_t c = (blockIdx.y * (size_t)32 + lane) * 8;
-    long t0 = (blockIdx.x * (long)8 + slice) * CONV_ROWS, T = (long)d.T;
-    Conv<TAPS, floatX> conv(d, r, c, zxBCdt, w, b, past, doc);
-    Vec due[TAPS] = {}, g_w[TAPS + 1] = {};                // g_w[TAPS]: g_b
-    conv.start(t0);
-    for (long t = t0; t < t0 + CONV_ROWS + TAPS - 1 && t0 < T; t++) {
+    __shared__ float sums[8][128];
+    typedef VecOf<4> Channels;
+    int lane = threadIdx.x % 32, slice = threadIdx.x / 32, T = d.T;
+    int c = (blockIdx.y * 32 + lane) * 4, t0 = (blockIdx.x * 8 + slice) * CONV_ROWS;
+    size_t r = blockIdx.z;
+    g_xBC += r * d.T * d.S;
+    g_zxBCdt += r * d.T * d.pitch + d.E;
+    Conv<TAPS, 4, floatX> conv(d, r, c, zxBCdt, w, b, past, doc);
+    Channels due[TAPS] = {}, g_w[TAPS + 1] = {};           // g_w[TAPS]: g_b
+    auto step = [&](int t, const Channels &now, Channels g) {
         UNROLL for (int k = 1; k < TAPS; k++) {
             due[k - 1] = due[k];
         }
-        due[TAPS - 1] = Vec{};
+        due[TAPS - 1] = Channels{};
         if (t < T) {
-            Vec pre = conv.next(t), g = load(g_xBC + (r * d.T + t) * d.S, c, d.S);
-            UNROLL for (int i = 0; i < 8; i++) {
-                float s = sigmoid(pre.v[i]);
+            Channels pre = conv.next(t, now);
+            float own = t < t0 + CONV_ROWS ? 1.0f : 0.0f;  // of this thread's sums
+            UNROLL for (int i = 0; i < 4; i++) {
+                float s = sigmoid<floatX>(pre.v[i]);
                 g.v[i] *= s * (1.0f + pre.v[i] * (1.0f - s));
-                if (t < t0 + CONV_ROWS) g_w[TAPS].v[i] += g.v[i];
+                g_w[TAPS].v[i] += own * g.v[i];
             }
             UNROLL for (int k = 0; k < TAPS; k++) {
                 if (!conv.sees(t, TAPS - 1 - k)) continue;
-                UNROLL for (int i = 0; i < 8; i++) {
+                UNROLL for (int i = 0; i < 4; i++) {
                     due[k].v[i] += conv.w[k].v[i] * g.v[i];
-                    if (t < t0 + CONV_ROWS) g_w[k].v[i] += conv.in[k].v[i] * g.v[i];
+                    g_w[k].v[i] += conv.in[k].v[i] * (own * g.v[i]);
                 }
             }
         }
-        long done = t - (TAPS - 1);
+        int done = t - (TAPS - 1);
         if (done >= t0 && done < T) {
-            store(g_zxBCdt + (r * d.T + done) * d.pitch + d.E, c, d.S, due[0]);
+            store(g_zxBCdt + done * d.pitch, c, d.S, due[0]);
+        }
+    };
+    conv.start(t0);
+    for (int t = t0; t < t0 + CONV_ROWS + TAPS - 1 && t0 < T; t += 2) {
+        Channels in[2], g[2];                              // four loads at a time are on their way
+        UNROLL for (int k = 0; k < 2; k++) {
+            in[k] = conv.input(t + k);
+            g[k] = t + k < T ? load<4>(g_xBC + (t + k) * d.S, c, d.S) : Channels{};
+        }
+        UNROLL for (int k = 0; k < 2; k++) {
+            if (t + k < t0 + CONV_ROWS + TAPS - 1) step(t + k, in[k], g[k]);
         }
     }
     parts += (r * gridDim.x + blockIdx.x) * d.S * (d.W + 1);
-    size_t mine = blockIdx.y * (size_t)256 + threadIdx.x;  // the channel whose sums this thread adds up
+    size_t mine = blockIdx.y * 128 + threadIdx.x;          // the channel whose sums this thread adds up
     UNROLL for (int k = 0; k <= TAPS; k++) {
         __syncthreads();
-        UNROLL for (int i = 0; i < 8; i++) {
-            sums[slice][lane * 8 + i] = g_w[k].v[i];
+        UNROLL for (int i = 0; i < 4; i++) {
+            sums[slice][lane * 4 + i] = g_w[k].v[i];
         }
         __syncthreads();
-        long tap = k + (long)d.W - TAPS;
-        if (mine >= d.S || tap < 0) continue;
+        int tap = k + (int)d.W - TAPS;
+        if (threadIdx.x >= 128 || mine >= d.S || tap < 0) continue;
         float sum = 0.0f;
         for (int s = 0; s < 8; s++) {
             sum += sums[s][threadIdx.x];
@@ -862,7 +921,7 @@ template<typename floatX>
 static void conv1d_backward(const Dims *d, floatX *g_zxBCdt, float *g_w, float *g_b,
                             const floatX *g_xBC, const floatX *zxBCdt, const float *w, const float *b,
                             const floatX *past, const int *doc) {
-    dim3 grid(pieces(d->T, 8 * CONV_ROWS), pieces(d->S, 256), (unsigned)d->R);
+    dim3 grid(pieces(d->T, 8 * CONV_ROWS), pieces(d->S, 128), (unsigned)d->R);
     size_t count = grid.x * d->R, weights = d->S * d->W, pitch = weights + d->S;
     float *parts = workspace(count * pitch);
     by_taps(d->W, [&](auto TAPS) {
@@ -907,7 +966,7 @@ dt_backward_kernel(floatX *g_zxBCdt, float *parts, const float *g_dt, const floa
         if (h < d.H) {
             float raw = (float)zxBCdt[at] + dt_bias[h], step = softplus(raw), g = g_dt[row * d.H + h];
             if (step < d.dt_lo || step > d.dt_hi) g = 0.0f;
-            if (raw <= 20.0f) g *= sigmoid(raw);
+            if (raw <= 20.0f) g *= sigmoid<float>(raw);
             g_zxBCdt[at] = (floatX)g;
             sum += g;
         } else if (h < d.H + d.pitch - d.Z) {
@@ -1151,8 +1210,8 @@ ssd_g_states_kernel(floatX *g_states, float *kappa, float *g_initial, const floa
 // g_x = dt R + D g_y and the direct part of g_dt, R . x. g_D_part (R,chunks,row tiles,H).
 template<typename floatX>
 __global__ void __launch_bounds__(128, 2)
-ssd_g_x_kernel(floatX *g_xBC, float *g_dts, float *g_D_part, const floatX *g_states, const floatX *g_y,
-               const floatX *xBC, const float *CB, const float *cs, const float *dts, const float *D,
+ssd_g_x_kernel(floatX *g_xBC, float *g_dts, float *rho, float *g_D_part, const floatX *g_states,
+               const floatX *g_y, const floatX *xBC, const float *CB, const float *cs, const float *dts, const float *D,
                const int *doc, Dims d) {
     __shared__ Tiles<floatX> tiles;
     __shared__ float part[4];
@@ -1163,7 +1222,7 @@ ssd_g_x_kernel(floatX *g_xBC, float *g_dts, float *g_D_part, const floatX *g_sta
     const floatX *gy = g_y + k.token * d.E + h * d.P;
     floatX *gx = g_xBC + k.token * d.S + h * d.P;
     CB += (k.number * d.G + k.group) * d.Q * d.Q;
-    float skip = D[h], Rx[2] = {}, yx[2] = {};
+    float skip = D[h], Rx[2] = {}, Rx_state[2] = {}, yx[2] = {};
     for (int p0 = 0; p0 < d.P; p0 += TILE) {
         float acc[8][4] = {}, sum[2];
         auto inside = [&](int s, int p) { return s0 + s < k.rows && p0 + p < d.P; };
@@ -1173,12 +1232,16 @@ ssd_g_x_kernel(floatX *g_xBC, float *g_dts, float *g_D_part, const floatX *g_sta
             [&](int s, int n) { return s0 + s < k.rows ? (float)k.B[(s0 + s) * d.S + n] : 0.0f; },
             [&](int n, int p) { return p0 + p < d.P ? (float)gS[n * d.P + p0 + p] : 0.0f; });
         scale_rows(acc, k.to_end(s0 + acc_row(0)), k.to_end(s0 + acc_row(2)));
+        auto times_x = [&](float v, int s, int p) { return inside(s, p) ? v * x(s, p) : 0.0f; };
+        row_sums(sum, acc, times_x);
+        Rx_state[0] += sum[0];
+        Rx_state[1] += sum[1];
         multiply<ACROSS_K, ACROSS_K>(acc, tiles, s0, k.rows,
             [&](int s, int l) {
                 return s0 + s < k.rows ? CB[l * d.Q + s0 + s] * k.L(l, s0 + s) : 0.0f;
             },
             [&](int l, int p) { return p0 + p < d.P ? y(l, p) : 0.0f; });
-        row_sums(sum, acc, [&](float v, int s, int p) { return inside(s, p) ? v * x(s, p) : 0.0f; });
+        row_sums(sum, acc, times_x);
         Rx[0] += sum[0];
         Rx[1] += sum[1];
         row_sums(sum, acc, [&](float, int s, int p) {
@@ -1194,7 +1257,9 @@ ssd_g_x_kernel(floatX *g_xBC, float *g_dts, float *g_D_part, const floatX *g_sta
     bool first = threadIdx.x % 4 == 0;                     // of the lanes that share a row
     UNROLL for (int i = 0; i < 2; i++) {
         int s = s0 + acc_row(2 * i);
-        if (first && s < d.Q) g_dts[k.dt - dts + s] = Rx[i];
+        if (!first || s >= d.Q) continue;
+        g_dts[k.dt - dts + s] = Rx[i];
+        rho[k.dt - dts + s] = k.dt[s] * Rx_state[i];
     }
     float sum = warp_sum(first ? yx[0] + yx[1] : 0.0f);
     if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = sum;
@@ -1204,44 +1269,60 @@ ssd_g_x_kernel(floatX *g_xBC, float *g_dts, float *g_D_part, const floatX *g_sta
     }
 }
 
-// 64 rows l of a chunk and group: g_CB (R,chunks,G,Q,Q), summed over the heads of the group, and the
-// row sums of each head's G. G is made of L o CB as ssd_g_x_kernel rounds it, so that its row sums and
-// the column sums that are in R . x cancel as they must.
+// 64 rows l of a chunk and group: g_CB (R,chunks,G,Q,Q), summed over the heads of the group, and
+// crossing (row tiles; R,H,chunks,Q): at t, the sum of each head's G over these l >= t and all s < t.
+// rowsum is what the tiles of s before this one add up to, row by row.
 template<typename floatX>
 __global__ void __launch_bounds__(128, 3)
-ssd_g_CB_kernel(float *g_CB, float *rowsum, const floatX *g_y, const floatX *xBC, const float *CB,
-                const float *cs, const float *dts, const int *doc, Dims d) {
+ssd_g_CB_kernel(float *g_CB, float *crossing, float *rowsum, const floatX *g_y, const floatX *xBC,
+                const float *CB, const float *cs, const float *dts, const int *doc, Dims d) {
     __shared__ Tiles<floatX> tiles;
-    int side = pieces(d.Q, TILE), l0 = blockIdx.x % side * TILE;
+    __shared__ float G[TILE][TILE + 1];
+    int side = pieces(d.Q, TILE), l0 = blockIdx.x % side * TILE, me = threadIdx.x;
     size_t c = blockIdx.x / side, g = blockIdx.y, r = blockIdx.z, heads = d.H / d.G;
     size_t square = ((r * d.chunks + c) * d.G + g) * d.Q * d.Q;
     CB += square;
     g_CB += square;
+    crossing += l0 / TILE * d.R * d.H * d.chunks * d.Q;
     for (int s0 = 0; s0 <= l0; s0 += TILE) {
         float total[8][4] = {};
         for (size_t h = g * heads; h < (g + 1) * heads; h++) {
             Chunk<floatX> k(d, c, h, r, xBC, cs, dts, doc);
             const floatX *gy = g_y + k.token * d.E + h * d.P;
-            float acc[8][4] = {}, sum[2];
+            size_t step = k.dt - dts;
+            float acc[8][4] = {};
             multiply<ALONG_K, ALONG_K>(acc, tiles, 0, d.P,
                 [&](int l, int p) { return l0 + l < k.rows ? (float)gy[(l0 + l) * d.E + p] : 0.0f; },
                 [&](int p, int s) { return s0 + s < k.rows ? (float)k.x[(s0 + s) * d.S + p] : 0.0f; });
-            each(acc, [&](float &v, int, int s) { v *= s0 + s < k.rows ? k.dt[s0 + s] : 0.0f; });
-            row_sums(sum, acc, [&](float v, int l, int s) {
+            each(acc, [&](float &v, int l, int s) {
                 float L = k.L(l0 + l, s0 + s);
-                return L != 0.0f ? v * (float)(floatX)(CB[(l0 + l) * d.Q + s0 + s] * L) : 0.0f;
+                v *= L != 0.0f ? L * k.dt[s0 + s] : 0.0f;
+                G[l][s] = L != 0.0f ? v * CB[(l0 + l) * d.Q + s0 + s] : 0.0f;
             });
-            UNROLL for (int i = 0; i < 2; i++) {
-                int l = l0 + acc_row(2 * i);
-                float *to = rowsum + (k.dt - dts) + l;
-                if (threadIdx.x % 4 == 0 && l < d.Q) *to = (s0 ? *to : 0.0f) + sum[i];
-            }
-            each(acc, [&](float &v, int l, int s) { v *= k.L(l0 + l, s0 + s); });
             UNROLL for (int j = 0; j < 8; j++) {
                 UNROLL for (int e = 0; e < 4; e++) {
                     total[j][e] += acc[j][e];
                 }
             }
+            __syncthreads();
+            if (me < TILE && l0 + me < d.Q) {              // each row: its sum up to s, without s
+                float sum = s0 ? rowsum[step + l0 + me] : 0.0f;
+                for (int s = 0; s < TILE; s++) {
+                    float v = G[me][s];
+                    G[me][s] = sum;
+                    sum += v;
+                }
+                rowsum[step + l0 + me] = sum;
+            }
+            __syncthreads();
+            if (me < TILE && s0 + me < d.Q) {              // each column t: over the rows from t on
+                float sum = 0.0f;
+                for (int l = max(0, s0 + me - l0); l < TILE && l0 + l < k.rows; l++) {
+                    sum += G[l][me];
+                }
+                crossing[step + s0 + me] = sum;
+            }
+            __syncthreads();
         }
         each(total, [&](float v, int l, int s) {
             if (l0 + l < d.Q && s0 + s < d.Q) g_CB[(l0 + l) * d.Q + s0 + s] = v;
@@ -1305,10 +1386,12 @@ ssd_g_BC_kernel(floatX *g_xBC, float *pi, const float *g_CB, const floatX *state
 }
 
 // The sums over the steps of a chunk, by one warp per head: da_t, the gradient of dt A at t; from it
-// g_dt (n,H) and this chunk's part of g_A, g_A_part (R,chunks,H).
+// g_dt (n,H) and this chunk's part of g_A, g_A_part (R,chunks,H). With crossing, q is rho alone, and
+// nothing cancels; without (the fast kernels), q = dt g_dt(direct) - rowsum.
 __global__ void __launch_bounds__(256)
-ssd_finish_kernel(float *g_dt, float *g_A_part, const float *g_dts, const float *rowsum, const float *pi,
-                  const float *kappa, const float *dts, const float *A_log, unsigned parts, Dims d) {
+ssd_finish_kernel(float *g_dt, float *g_A_part, const float *g_dts, const float *rowsum,
+                  const float *crossing, const float *rho, const float *pi, const float *kappa,
+                  const float *dts, const float *A_log, unsigned parts, Dims d) {
     size_t c = blockIdx.x, h = blockIdx.y * 8 + threadIdx.x / 32, r = blockIdx.z;
     if (h >= d.H) return;
     size_t lane = threadIdx.x % 32, number = r * d.chunks + c, token = r * d.T + c * d.Q;
@@ -1326,13 +1409,17 @@ ssd_finish_kernel(float *g_dt, float *g_A_part, const float *g_dts, const float 
     __syncwarp();
     for (size_t l0 = 0; l0 < rows; l0 += 32) {                     // from the start: the sums of q
         size_t l = l0 + lane, to = (token + l) * d.H + h;
-        float q = l < rows ? dts[at + l] * g_dts[at + l] - rowsum[at + l] : 0.0f;
+        float q = 0.0f;
+        if (l < rows) q = crossing ? rho[at + l] : dts[at + l] * g_dts[at + l] - rowsum[at + l];
         float upto = before + warp_scan(q);
         float before_l = __shfl_up_sync(~0u, upto, 1);
         if (lane == 0) before_l = before;
         before = __shfl_sync(~0u, upto, 31);
         if (l >= rows) continue;
         float da = before_l + g_dt[to] + from_state;
+        for (size_t tile = l / TILE; crossing && tile * TILE < d.Q; tile++) {
+            da += crossing[tile * d.R * d.H * d.chunks * d.Q + at + l];
+        }
         sum += dts[at + l] * da;
         g_dt[to] = g_dts[at + l] + a * da;
     }
@@ -1366,7 +1453,7 @@ ssd_head_sums_kernel(float *g_A_log, float *g_D, const float *g_A_part, const fl
 
 // What the kernels of one call leave for each other. steps: (R,H,chunks,Q) each.
 struct SsdWork {
-    float *cs, *dts, *g_dts, *rowsum, *pi;
+    float *cs, *dts, *g_dts, *rowsum, *rho, *pi, *crossing;        // crossing: side of them
     float *CB, *g_CB;                              // (R,chunks,G,Q,Q)
     float *kappa, *g_A_part, *g_D_part;            // (R,chunks,H,parts), (R,chunks,H), (R,chunks,side,H)
     float *local, *local_decay;                    // (R,segments - 1,H,N,P) padded, (R,segments - 1,H)
@@ -1381,7 +1468,7 @@ struct SsdWork {
         segments = pieces(d->chunks, segment_chunks);
         size_t steps = d->R * d->H * d->chunks * d->Q, heads = d->R * d->chunks * d->H;
         size_t pairs = d->R * d->chunks * d->G * d->Q * d->Q, ends = d->R * (segments - 1) * d->H;
-        float *at = workspace(5 * steps + 2 * pairs + heads * (parts + 1 + side) + ends * (128 * FP + 1));
+        float *at = workspace((6 + side) * steps + 2 * pairs + heads * (parts + 1 + side) + ends * (128 * FP + 1));
         auto take = [&](size_t count) {
             at += count;
             return at - count;
@@ -1393,6 +1480,8 @@ struct SsdWork {
         g_dts = take(steps);
         rowsum = take(steps);
         pi = take(steps);
+        rho = take(steps);
+        crossing = take(side * steps);
         local = take(ends * 128 * FP);
         local_decay = take(ends);
         kappa = take(heads * parts);
@@ -1401,18 +1490,10 @@ struct SsdWork {
     }
 };
 
-template<class Kernel>
-static void allow_shared(Kernel kernel, size_t bytes) {
-    CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-}
-
 // Do the fast kernels take this shape, in bf16, on this GPU?
 static bool ssd_is_fast(const Dims *d) {
-    int device, room;
-    CUDA(cudaGetDevice(&device));
-    CUDA(cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     bool shape = d->Q == FQ && d->P <= FP && d->N <= 128 && d->P % 8 == 0 && d->N % 8 == 0;
-    return shape && room >= (int)sizeof(WalkShared<128>);
+    return shape && shared_room() >= sizeof(WalkShared<128>);
 }
 
 template<int N>
@@ -1513,10 +1594,10 @@ static void ssd_backward_any(const Dims *d, const SsdWork &w, floatX *g_xBC, flo
         g_states, w.kappa, g_initial, states, g_y, g_final, xBC, w.cs, w.dts, doc, *d);
     LAUNCHED();
     ssd_g_x_kernel<floatX><<<dim3(chunks * side, H, R), 128, 0, stream>>>(
-        g_xBC, w.g_dts, w.g_D_part, g_states, g_y, xBC, w.CB, w.cs, w.dts, D, doc, *d);
+        g_xBC, w.g_dts, w.rho, w.g_D_part, g_states, g_y, xBC, w.CB, w.cs, w.dts, D, doc, *d);
     LAUNCHED();
     ssd_g_CB_kernel<floatX><<<grid, 128, 0, stream>>>(
-        w.g_CB, w.rowsum, g_y, xBC, w.CB, w.cs, w.dts, doc, *d);
+        w.g_CB, w.crossing, w.rowsum, g_y, xBC, w.CB, w.cs, w.dts, doc, *d);
     LAUNCHED();
     ssd_g_BC_kernel<true, floatX><<<grid, 128, 0, stream>>>(
         g_xBC, w.pi, w.g_CB, states, g_y, xBC, w.cs, w.dts, doc, *d);
@@ -1544,8 +1625,9 @@ static void ssd_backward(const Dims *d, floatX *g_xBC, float *g_dt, float *g_A_l
         ssd_backward_any(d, w, g_xBC, g_initial, g_y, g_final, states, g_states, xBC, D, doc);
     }
     dim3 grid((unsigned)d->chunks, pieces(d->H, 8), (unsigned)d->R);
-    ssd_finish_kernel<<<grid, 256, 0, stream>>>(g_dt, w.g_A_part, w.g_dts, w.rowsum, w.pi, w.kappa,
-                                                w.dts, A_log, fast ? 1 : w.parts, *d);
+    ssd_finish_kernel<<<grid, 256, 0, stream>>>(
+        g_dt, w.g_A_part, w.g_dts, w.rowsum, fast ? NULL : w.crossing, w.rho, w.pi, w.kappa, w.dts,
+        A_log, fast ? 1 : w.parts, *d);
     LAUNCHED();
     ssd_head_sums_kernel<<<dim3((unsigned)d->H, 2), 128, 0, stream>>>(
         g_A_log, g_D, w.g_A_part, w.g_D_part, A_log, d->R * d->chunks, fast ? 1 : w.side, d->H);
@@ -1570,7 +1652,7 @@ gated_rmsnorm_forward_kernel(floatX *o, float *rstd, const floatX *y, const floa
         v[k] = load(y + row * d.E + first, c, columns);
         Vec z = load(zxBCdt + row * d.pitch + first, c, columns);
         UNROLL for (int i = 0; i < 8; i++) {
-            v[k].v[i] *= z.v[i] * sigmoid(z.v[i]);
+            v[k].v[i] *= z.v[i] * sigmoid<floatX>(z.v[i]);
             sum += v[k].v[i] * v[k].v[i];
         }
     }
@@ -1608,27 +1690,38 @@ gated_rmsnorm_backward_kernel(floatX *g_y, floatX *g_zxBCdt, float *g_w_parts, c
     UNROLL for (int k = 0; k < K; k++) {
         weight[k] = load(w + first, (threadIdx.x + k * blockDim.x) * 8, columns);
     }
-    for (size_t row = blockIdx.x * span; row < min(d.n, (blockIdx.x + 1) * span); row++) {
+    size_t begin = blockIdx.x * span, end = min(d.n, begin + span);
+    Vec next[K][3];                                        // g_o, y, z of the next row, on their way
+    auto fetch = [&](size_t row) {
+        UNROLL for (int k = 0; k < K; k++) {
+            size_t c = (threadIdx.x + k * blockDim.x) * 8;
+            next[k][0] = load(g_o + row * d.E + first, c, columns);
+            next[k][1] = load(y + row * d.E + first, c, columns);
+            next[k][2] = load(zxBCdt + row * d.pitch + first, c, columns);
+        }
+    };
+    if (begin < end) fetch(begin);
+    for (size_t row = begin; row < end; row++) {
         Vec g[K], x[K], z[K];
         float dot = 0.0f, scale = rstd[row * d.G + blockIdx.y];
         UNROLL for (int k = 0; k < K; k++) {
-            size_t c = (threadIdx.x + k * blockDim.x) * 8;
-            g[k] = load(g_o + row * d.E + first, c, columns);
-            x[k] = load(y + row * d.E + first, c, columns);
-            z[k] = load(zxBCdt + row * d.pitch + first, c, columns);
+            g[k] = next[k][0];
+            x[k] = next[k][1];
+            z[k] = next[k][2];
             UNROLL for (int i = 0; i < 8; i++) {
-                float v = x[k].v[i] * z[k].v[i] * sigmoid(z[k].v[i]) * scale;
+                float v = x[k].v[i] * z[k].v[i] * sigmoid<floatX>(z[k].v[i]) * scale;
                 g_w[k].v[i] += v * g[k].v[i];
                 g[k].v[i] *= weight[k].v[i];
                 dot += v * g[k].v[i];
             }
         }
+        if (K == 1 && row + 1 < end) fetch(row + 1);       // K = 2 has no registers for it
         dot = block_sum(dot, part[row % 2]) / columns;
         UNROLL for (int k = 0; k < K; k++) {
             size_t c = (threadIdx.x + k * blockDim.x) * 8;
             Vec g_x, g_z;
             UNROLL for (int i = 0; i < 8; i++) {
-                float s = sigmoid(z[k].v[i]), silu = z[k].v[i] * s, in = x[k].v[i];
+                float s = sigmoid<floatX>(z[k].v[i]), silu = z[k].v[i] * s, in = x[k].v[i];
                 float g_v = scale * (g[k].v[i] - in * silu * scale * dot);
                 g_x.v[i] = g_v * silu;
                 g_z.v[i] = g_v * in * s * (1.0f + z[k].v[i] * (1.0f - s));
@@ -1636,6 +1729,7 @@ gated_rmsnorm_backward_kernel(floatX *g_y, floatX *g_zxBCdt, float *g_w_parts, c
             store(g_y + row * d.E + first, c, columns, g_x);
             store(g_zxBCdt + row * d.pitch + first, c, columns, g_z);
         }
+        if (K > 1 && row + 1 < end) fetch(row + 1);
     }
     UNROLL for (int k = 0; k < K; k++) {
         size_t c = (threadIdx.x + k * blockDim.x) * 8;
@@ -1666,7 +1760,7 @@ __global__ void __launch_bounds__(256) swiglu_forward_kernel(floatX *h, const fl
     size_t row = blockIdx.x, c = (blockIdx.y * (size_t)256 + threadIdx.x) * 8;
     Vec a = load(ab + row * 2 * d.F, c, d.F), b = load(ab + row * 2 * d.F + d.F, c, d.F);
     UNROLL for (int i = 0; i < 8; i++) {
-        a.v[i] *= b.v[i] * sigmoid(b.v[i]);
+        a.v[i] *= b.v[i] * sigmoid<floatX>(b.v[i]);
     }
     store(h + row * d.F, c, d.F, a);
 }
@@ -1684,7 +1778,7 @@ swiglu_backward_kernel(floatX *g_ab, const floatX *g_h, const floatX *ab, Dims d
     Vec a = load(ab + row * 2 * d.F, c, d.F), b = load(ab + row * 2 * d.F + d.F, c, d.F);
     Vec g = load(g_h + row * d.F, c, d.F);
     UNROLL for (int i = 0; i < 8; i++) {
-        float s = sigmoid(b.v[i]), g_b = g.v[i] * a.v[i] * s * (1.0f + b.v[i] * (1.0f - s));
+        float s = sigmoid<floatX>(b.v[i]), g_b = g.v[i] * a.v[i] * s * (1.0f + b.v[i] * (1.0f - s));
         a.v[i] = g.v[i] * b.v[i] * s;
         b.v[i] = g_b;
     }
@@ -1716,19 +1810,22 @@ __device__ inline Partition join(Partition a, Partition b) {
 template<typename Logit>
 __global__ void __launch_bounds__(512)
 cross_entropy_kernel(float *losses, Logit *logits, const int *targets, float scale, int backward,
-                     size_t V) {
+                     int fits, size_t V) {
     __shared__ Partition part[16];
+    extern __shared__ __align__(128) unsigned char shared[];
     size_t row = blockIdx.x, target = targets[row];
     logits += row * V;
+    Logit *kept = fits ? (Logit *)shared : logits;         // for the second reading
     Partition all = {-INFINITY, 0.0f};
     for (size_t c = threadIdx.x * 8; c < V; c += 512 * 8) {
         Vec x = load(logits, c, V);
+        if (fits) store(kept, c, V, x);
         float greatest = -INFINITY, sum = 0.0f;
         UNROLL for (int i = 0; i < 8; i++) {
             if (c + i < V) greatest = max(greatest, x.v[i]);
         }
         UNROLL for (int i = 0; i < 8; i++) {
-            if (c + i < V) sum += expf(x.v[i] - greatest);
+            if (c + i < V) sum += exp_of<Logit>(x.v[i] - greatest);
         }
         all = join(all, Partition{greatest, sum});
     }
@@ -1746,14 +1843,27 @@ cross_entropy_kernel(float *losses, Logit *logits, const int *targets, float sca
     }
     if (threadIdx.x == 0) losses[row] = logf(all.sum) + all.greatest - losses[row];
     if (!backward) return;
+    float part_of = scale / all.sum;
     for (size_t c = threadIdx.x * 8; c < V; c += 512 * 8) {
-        Vec x = load(logits, c, V);
+        Vec x = load(kept, c, V);
         UNROLL for (int i = 0; i < 8; i++) {
-            float p = expf(x.v[i] - all.greatest) / all.sum;
-            x.v[i] = (p - (c + i == target ? 1.0f : 0.0f)) * scale;
+            float p = exp_of<Logit>(x.v[i] - all.greatest) * part_of;
+            x.v[i] = p - (c + i == target ? scale : 0.0f);
         }
         store(logits, c, V, x);
     }
+}
+
+// A row of logits stays in shared memory between its two readings where two rows fit.
+template<typename Logit>
+static void cross_entropy(float *losses, Logit *logits, const int *targets, float scale, int backward,
+                          size_t rows, size_t V) {
+    size_t bytes = backward ? V * sizeof(Logit) : 0;
+    int fits = bytes > 0 && 2 * bytes <= shared_room() - 4096;
+    if (fits) allow_shared(cross_entropy_kernel<Logit>, bytes);
+    cross_entropy_kernel<Logit><<<(unsigned)rows, 512, fits ? bytes : 0, stream>>>(
+        losses, logits, targets, scale, backward, fits, V);
+    LAUNCHED();
 }
 
 // losses (n); g_hidden (n,M) =, g_weight (V,M) (+)= by add; logits (slab,V) is work. With g_hidden
@@ -1770,16 +1880,12 @@ static void classifier(const Dims *d, float *losses, floatX *g_hidden, float *g_
         if (!g_hidden) {
             float *x = (float *)logits;
             linear_forward(x, in, weight, rows, d->M, d->V, 0);
-            cross_entropy_kernel<float><<<(unsigned)rows, 512, 0, stream>>>(
-                losses + i, x, targets + i, scale, 0, d->V);
-            LAUNCHED();
+            cross_entropy(losses + i, x, targets + i, scale, 0, rows, d->V);
             continue;
         }
         linear_forward(logits, in, weight, rows, d->M, d->V, 0);
         if (all_logits) download(all_logits + i * d->V, logits, rows, d->V, d->V);
-        cross_entropy_kernel<floatX><<<(unsigned)rows, 512, 0, stream>>>(
-            losses + i, logits, targets + i, scale, 1, d->V);
-        LAUNCHED();
+        cross_entropy(losses + i, logits, targets + i, scale, 1, rows, d->V);
         linear_backward(g_hidden + i * d->M, g_weight, logits, in, weight, rows, d->M, d->V, add || i);
     }
 }

@@ -91,6 +91,7 @@ static void put_config(Text *t, const Dims *d, int eot) {
 static void read_tensors(const char *dir, const char *name, Tensors *want, const char *ignore) {
     char *path = strdup(str("%s/%s", dir, name));
     TensorFile f = tensor_file_open(path);
+    int told = 0;
     JSON_EACH(key, f.header) {
         const char *found = key->text;
         if (!strcmp(found, "__metadata__") || (ignore && !strcmp(found, ignore))) continue;
@@ -100,6 +101,8 @@ static void read_tensors(const char *dir, const char *name, Tensors *want, const
         CHECK(i < want->count, "%s: %s has no place in this model; config.json and the file do not "
               "belong together", path, found);
         CHECK(want->list[i].data, "%s: %s was read before", path, found);
+        if (!told++ && sizeof(real) == 4 && !strcmp(json_string(key + 1, path, "dtype", ""), "F64"))
+            fprintf(stderr, "notice: %s is float64; it is rounded to float32\n", path);
         tensor_read(&f, key + 1, &want->list[i]);
         want->list[i].data = NULL;                           // done
     }

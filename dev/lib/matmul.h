@@ -243,10 +243,12 @@ static void few_rows(real *C, size_t ldc, const real *A, size_t lda, const real 
         }
 }
 
-// Called outside parallel regions; no size is 0. Slabs are packed into one pair of buffers while
+// Called outside parallel regions. Slabs are packed into one pair of buffers while
 // slow threads may still be busy with the other.
 static void matmul(real *C, size_t ldc, const real *A, size_t a_row, size_t a_col,
                    const real *B, size_t b_row, size_t b_col, size_t M, size_t N, size_t K, int add) {
+    for (size_t i = 0; !K && !add && i < M; i++) memset(C + i*ldc, 0, N*sizeof(real));
+    if (!M || !N || !K) return;
     if (M <= FEW && a_col == 1 && b_row == 1 && !matmul_bf16) {
         few_rows(C, ldc, A, a_row, B, b_col, M, N, K, add);
         return;
@@ -289,7 +291,9 @@ static void matmul(real *C, size_t ldc, const real *A, size_t a_row, size_t a_co
 // contiguous rows, A any strides. With beta = 0, C is not read.
 static void matmul_small(real *C, size_t ldc, const real *A, size_t a_row, size_t a_col,
                          const real *B, size_t ldb, size_t M, size_t N, size_t K, real beta) {
-    for (size_t q = 0; q < panels(N); q++)
+    for (size_t i = 0; !K && i < M; i++)
+        for (size_t j = 0; j < N; j++) C[i*ldc + j] = beta == 0 ? 0 : beta*C[i*ldc + j];
+    for (size_t q = 0; K && q < panels(N); q++)
         for (size_t i = 0; i < M; i += MR) {
             const size_t j = panel_start(q, N), n = panel_start(q + 1, N) - j, m = least(MR, M - i);
             if (m == MR && n % VL == 0) {
