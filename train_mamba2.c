@@ -151,7 +151,7 @@ X(Str,    data, "data/tinyshakespeare.txt.gz", 0, 0, Data, "text or llm.c shards
 X(Str,    val_data,       "",       0, 0,      Data,    "validation tokens, likewise")            \
 X(Num,    val_frac,       "0.1",    0, 0.9,    Data,    "held back of one text without --val-data")\
 X(Str,    tokenizer,      "",       0, 0,      Data,    "a tokenizer.json; without it: bytes")    \
-X(Int,    eot,            "",       0, 1e9,    Data,    "id of end-of-text, before a document")   \
+X(Int,    eot,            "-1",    -1, 1e9,    Data,    "id of end-of-text; -1: the tokenizer's")   \
 X(Switch, packed,         "",       0, 1,      Data,    "states start afresh at end-of-text")     \
 X(Int,    shuffle,        "1",      0, 1,      Data,    "0: file order")                          \
 X(Int,    seed,           "1337",   0, 9e15,   Data,    "of initialization, order and sampling")  \
@@ -732,7 +732,9 @@ static void ssd_recurrence(const Dims *d, real *y, real *final, const real *xBC,
 // for s <= l, else 0; in_l = a_l .. a_first; out_s = a_last .. a_{s+1}; total = a_last .. a_first:
 //
 //     1. states    S' = total S + B^T (out dt x)           S before the chunk, S' after it
-//     2. outputs   y  = (C B^T o L) (dt x) + in (C S) + D x
+//     2. outputs   y  = (CB o L) (dt x) + in (C S) + D x   CB = C B^T
+//
+// (a vector in front of a matrix scales its rows; o multiplies element by element).
 //
 // L is built from products of the a's, each row from the one above: no exponential of a difference
 // of sums can overflow or cancel, and a document's first token simply has a = 0, which cuts every
@@ -740,16 +742,17 @@ static void ssd_recurrence(const Dims *d, real *y, real *final, const real *xBC,
 //
 // Backward, with g_S' known from the chunks behind it:
 //
-//     3. g_S  = total g_S' + C^T (in g_y)
-//     4. dW   = g_y (dt x)^T                    (C B^T o L) = W; E = dW o L; G = E o C B^T
-//        R    = (C B^T o L)^T g_y + out (B g_S')            the gradient of dt x
-//        g_x  = dt R + D g_y       g_dt = R x + A g_a       g_D = sum of g_y x
-//        g_C  = E B   + in (g_y S^T)                        summed over the heads of a group
-//        g_B  = E^T C + out dt (x g_S'^T)
-//        g_a_t = sum over s < t <= l of G_ls                paths of log a_t: token to token,
-//              + sum over s < t of rho_s                    token to state,
-//              + sum over l >= t of pi_l + kappa            state to token, state to state
-//        rho_s = out_s dt_s x_s (B_s g_S'), pi_l = in_l g_y_l (C_l S), kappa = total <S, g_S'>
+//     3. g_S   = total g_S' + C^T (in g_y)
+//     4. g_CB  = (g_y (dt x)^T) o L                        summed over the heads of a group
+//        R     = (CB o L)^T g_y + out (B g_S')             the gradient of dt x
+//        g_x   = dt R + D g_y      g_dt = R x + A g_a      g_D = sum of g_y x
+//        g_C   = g_CB B   + in (g_y S^T)                   summed over the heads of a group
+//        g_B   = g_CB^T C + out dt (x g_S'^T)
+//        g_a_t = sum over s < t <= l of path_ls            log a_t lies on all paths across t:
+//              + sum over s < t of rho_s                   from token s to token l, or to S',
+//              + sum over l >= t of pi_l + kappa           from S to token l, or to S'
+//        path  = g_CB o CB (of this head)                  rho_s = out_s dt_s x_s (B_s g_S')
+//        pi_l  = in_l g_y_l (C_l S)                        kappa = total <S, g_S'>
 //        g_A_log = A sum of dt g_a
 
 static const real TINY = (real)1e-30;
@@ -909,13 +912,13 @@ static void ssd_states_backward(const Dims *d, real *g_states, real *g_initial, 
     }
 }
 
-// g_a (len) of one chunk and head from its four kinds of paths. G (len,len, pitch Q) is destroyed:
+// g_a (len) of one chunk and head from its four kinds of paths. path (len,len, pitch Q) is destroyed:
 // it becomes the sum of its rows from l on, so that no difference is taken and nothing cancels.
-static void ssd_g_a(real *g_a, real *G, const real *rho, const real *pi, real kappa, size_t len,
+static void ssd_g_a(real *g_a, real *path, const real *rho, const real *pi, real kappa, size_t len,
                     size_t Q) {
     real before = 0, after = 0;
     for (size_t t = len; t-- > 0; ) {
-        real *row = G + t*Q, sum = 0;
+        real *row = path + t*Q, sum = 0;
         if (t + 1 < len) SIMD for (size_t s = 0; s <= t; s++) row[s] += row[Q + s];
         OMP(simd reduction(+:sum))
         for (size_t s = 0; s < t; s++) sum += row[s];
@@ -926,12 +929,13 @@ static void ssd_g_a(real *g_a, real *G, const real *rho, const real *pi, real ka
 }
 
 // The work space of one thread in step 4, all pitches Q but R's and u's
-typedef struct { real *L, *CB, *Mt, *E, *G, *Bt, *Ct, *xt, *gt, *R, *gBt, *gCt, *tmp, *a, *in, *out,
+typedef struct { real *L, *CB, *g_CB, *path, *Bt, *Ct, *xt, *gt, *R, *gBt, *gCt, *tmp, *a, *in,
+                *out,
                  *dt, *rho, *pi, *g_a; } SsdWork;
 
 static SsdWork ssd_work(const Dims *d) {
     size_t Q = d->Q, P = d->P, N = d->N, i = 0;
-    size_t sizes[] = { Q*Q, Q*Q, Q*Q, Q*Q, Q*Q, N*Q, N*Q, P*Q, P*Q, Q*P, N*Q, N*Q, N*Q,
+    size_t sizes[] = { Q*Q, Q*Q, Q*Q, Q*Q, N*Q, N*Q, P*Q, P*Q, Q*P, N*Q, N*Q, N*Q,
                        Q, Q, Q, Q, Q, Q, Q }, sum = 0;
     SsdWork w;
     for (i = 0; i < sizeof sizes/sizeof *sizes; i++) sum += round_up(sizes[i], 16);
@@ -942,7 +946,7 @@ static SsdWork ssd_work(const Dims *d) {
 }
 
 // Step 4 for one head of a chunk: writes its columns of g_xBC, its g_dt without A g_a, and g_a, g_D
-// for each token; adds to w->gBt, w->gCt (N,len) and w->E (len,len), transposed sums over heads.
+// for each token; adds to w->g_CB (len,len) and to w->gBt, w->gCt (N,len), the transposes of g_B and g_C.
 static void ssd_head_backward(const Dims *d, const SsdWork *w, const Chunk *c, size_t h,
                               real *g_xBC, real *g_dt, real *g_a, real *g_D, const real *g_y,
                               const real *state, const real *g_state, const real *dt,
@@ -955,20 +959,20 @@ static void ssd_head_backward(const Dims *d, const SsdWork *w, const Chunk *c, s
     transpose(w->xt, Q, x, S, len, P);
     transpose(w->gt, Q, gy, E, len, P);
 
-    // dW, then E, G and the mask with C B^T
-    matmul_small(w->G, Q, gy, E, 1, w->xt, Q, len, len, P, 0);
+    // the gradients of CB and of its paths; from here on L is CB o L
+    matmul_small(w->path, Q, gy, E, 1, w->xt, Q, len, len, P, 0);
     for (size_t l = 0; l < len; l++) {
-        real *G = w->G + l*Q, *e = w->E + l*Q, *L = w->L + l*Q;
+        real *path = w->path + l*Q, *g_CB = w->g_CB + l*Q, *L = w->L + l*Q;
         const real *CB = w->CB + l*Q;
         SIMD for (size_t s = 0; s < len; s++) {
-            real v = G[s]*L[s]*w->dt[s];
-            e[s] += v;
-            G[s] = v*CB[s];
+            real v = path[s]*L[s]*w->dt[s];
+            g_CB[s] += v;
+            path[s] = v*CB[s];
             L[s] *= CB[s];
         }
     }
 
-    // R = out (B g_S') + (C B^T o L)^T g_y, and what depends on its rows
+    // R = out (B g_S') + (CB o L)^T g_y, and what depends on its rows
     matmul_small(w->R, P, c->B, S, 1, g_state, P, len, P, N, 0);
     for (size_t s = 0; s < len; s++) {
         real *R = w->R + s*P, dot = 0;
@@ -1007,7 +1011,7 @@ static void ssd_head_backward(const Dims *d, const SsdWork *w, const Chunk *c, s
         }
     OMP(simd reduction(+:kappa))
     for (size_t i = 0; i < N*P; i++) kappa += state[i]*g_state[i];
-    ssd_g_a(w->g_a, w->G, w->rho, w->pi, total*kappa, len, Q);
+    ssd_g_a(w->g_a, w->path, w->rho, w->pi, total*kappa, len, Q);
     for (size_t i = 0; i < len; i++) g_a[(c->first + i)*H + h] = w->g_a[i];
 }
 
@@ -1032,7 +1036,7 @@ static void ssd_backward(const Dims *d, real *g_xBC, real *g_dt, real *g_A_log, 
                 transpose(w.Bt, Q, c.B, S, c.len, N);
                 transpose(w.Ct, Q, c.C, S, c.len, N);
                 matmul_small(w.CB, Q, c.C, S, 1, w.Bt, Q, c.len, c.len, N, 0);
-                memset(w.E, 0, Q*Q*sizeof(real));
+                memset(w.g_CB, 0, Q*Q*sizeof(real));
                 memset(w.gBt, 0, N*Q*sizeof(real));
                 memset(w.gCt, 0, N*Q*sizeof(real));
                 for (size_t h = g*(H/G); h < (g + 1)*(H/G); h++)
@@ -1041,8 +1045,8 @@ static void ssd_backward(const Dims *d, real *g_xBC, real *g_dt, real *g_A_log, 
                                       D, doc);
                 transpose(gB, S, w.gBt, Q, N, c.len);
                 transpose(gC, S, w.gCt, Q, N, c.len);
-                matmul_small(gB, S, w.E, 1, Q, c.C, S, c.len, N, c.len, 1);
-                matmul_small(gC, S, w.E, Q, 1, c.B, S, c.len, N, c.len, 1);
+                matmul_small(gB, S, w.g_CB, 1, Q, c.C, S, c.len, N, c.len, 1);
+                matmul_small(gC, S, w.g_CB, Q, 1, c.B, S, c.len, N, c.len, 1);
             }
         free(w.L);
     }
@@ -1587,7 +1591,7 @@ static void loader_open(Loader *d, const char *patterns, const char *flag,
     d->shards = (Shard *)alloc(d->files, sizeof(Shard));
     d->count = shards ? d->files : 1;
     d->tokenizer = tokenizer;
-    d->eot = given[FLAG_eot] ? (int)flags.eot : tokenizer->eot;
+    d->eot = flags.eot >= 0 ? (int)flags.eot : tokenizer->eot;
     for (size_t i = 0; i < d->files; i++) {
         d->shards[i].path = paths[i];
         if (shards) {
@@ -1638,7 +1642,7 @@ static int loader_start(Loader *d, size_t vocab, size_t R, size_t T, int require
     if (!d->accum) d->accum = 1;
     if (d->version && d->tokenizer->byte_level && vocab > 272) {         // it is not theirs
         d->tokenizer = NULL;
-        if (!given[FLAG_eot]) d->eot = d->version == 1 ? 50256 : 128000;
+        if (flags.eot < 0) d->eot = d->version == 1 ? 50256 : 128000;
     }
     d->ids = (int *)alloc(n, sizeof(int));
     d->targets = (int *)alloc(n, sizeof(int));
@@ -1852,8 +1856,9 @@ static void save_checkpoint(const Model *m, const Progress *p, const Loader *dat
     Tensors list = { NULL, 0, 0 };
     put_config(&t, &m->d, data->eot);
     finish_text(&sums, aside, "config.json", &t);
-    put(&t, "{\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": %d\n}\n",
-        data->eot, data->eot, data->eot);
+    if (data->eot < 0) put(&t, "{}\n");
+    else put(&t, "{\n  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": %d\n}\n",
+             data->eot, data->eot, data->eot);
     finish_text(&sums, aside, "generation_config.json", &t);
     if (tok) {
         put_bytes(&t, tok->file.data, tok->file.size);
@@ -2317,7 +2322,11 @@ static void finish_dims(Dims *d, const char *dir, size_t R, size_t T) {
               flag_name(list[i].flag), *list[i].value, dir, *list[i].size);
         *list[i].value = (Int)*list[i].size;
     }
-    flags.dt_limit = strdup(str("%.17g,%.17g", d->dt_lo, d->dt_hi));
+    const char *limit = str("%.17g,%.17g", d->dt_lo, d->dt_hi);
+    CHECK(!dir || !given[FLAG_dt_limit] || !strcmp(flags.dt_limit, limit), "--dt-limit %s: the "
+          "model in "
+          "%s has %s", flags.dt_limit, dir, limit);
+    flags.dt_limit = strdup(limit);
     d->H = d->E/d->P, d->S = d->E + 2*d->G*d->N, d->Z = d->S + d->E + d->H;
     CHECK(d->H % d->G == 0, "%s: n_groups %zu does not divide the %zu heads", dir, d->G, d->H);
     d->Q = flags.chunk_size ? (size_t)flags.chunk_size : (size_t)BEST_CHUNK;
@@ -2327,9 +2336,9 @@ static void finish_dims(Dims *d, const char *dir, size_t R, size_t T) {
 }
 
 static Tokenizer *choose_tokenizer(const char *dir) {        // dir: a model directory, or NULL
-    if (*flags.tokenizer) return tokenizer_load(flags.tokenizer);
-    char *path = dir ? strdup(str("%s/tokenizer.json", dir)) : NULL;
-    return path && exists(path) ? tokenizer_load(path) : tokenizer_bytes();
+    char *path = strdup(dir ? str("%s/tokenizer.json", dir) : "");
+    if (!given[FLAG_tokenizer] && exists(path)) return tokenizer_load(path);
+    return *flags.tokenizer ? tokenizer_load(flags.tokenizer) : tokenizer_bytes();
 }
 
 // The memory that a model with these sizes takes, in bytes
@@ -2745,11 +2754,12 @@ static int run_main(int argc, char **argv, const Backend *device) {
     0;
     flags_check();
     if (given[FLAG_threads]) omp_set_num_threads((int)flags.threads);
+    if (!given[FLAG_generate] && !given[FLAG_eval] && !given[FLAG_dump] && !flags.compare
+        && !flags.dry_run) return verb_train(&run);
     int status = given[FLAG_generate] ? verb_generate(&run) : given[FLAG_eval] ? verb_eval(&run)
-               : flags.compare || flags.dry_run || given[FLAG_dump] ? verb_inspect(&run)
-               : verb_train(&run);
-    CHECK((fflush(stdout) == 0 && !ferror(stdout)) || errno == EPIPE, "standard output: %s",
-          strerror(errno));
+               : verb_inspect(&run);
+    fflush(stdout);                     // what these verbs print is their result
+    CHECK(!ferror(stdout) || errno == EPIPE, "standard output: %s", strerror(errno));
     return status;
 }
 

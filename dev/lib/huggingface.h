@@ -53,6 +53,7 @@ static void read_config(const char *dir, Dims *d) {
     CHECK(d->W <= MAX_CONV, "%s: conv_kernel is %zu, at most %d is supported", path, d->W,
           MAX_CONV);
     double expand = json_number(c, path, "expand", 2);
+    CHECK(expand == floor(expand), "%s: expand is %g, expected a whole number", path, expand);
     d->E = mul(d->H, d->P);
     CHECK((double)d->E == expand*(double)d->M, "%s: num_heads * head_dim = %zu, expected expand * "
           "hidden_size = %g", path, d->E, expand*(double)d->M);
@@ -83,8 +84,10 @@ static void put_config(Text *t, const Dims *d, int eot) {
     put(t, "  \"hidden_act\": \"silu\",\n  \"use_bias\": false,\n  \"use_conv_bias\": true,\n"
         "  \"rms_norm\": true,\n  \"residual_in_fp32\": true,\n  \"layer_norm_epsilon\": %#.17g,\n"
         "  \"tie_word_embeddings\": %s,\n", d->eps, d->tied ? "true" : "false");
-    put(t, "  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": %d,\n"
-        "  \"torch_dtype\": \"float%zu\"\n}\n", eot, eot, eot, 8*sizeof(real));
+    if (eot >= 0) put(t, "  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": "
+                      "%d,\n",
+                      eot, eot, eot);
+    put(t, "  \"torch_dtype\": \"float%zu\"\n}\n", 8*sizeof(real));
 }
 
 // Reads the tensors of `want` from the files of a model directory; every one must be there.

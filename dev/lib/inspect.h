@@ -138,9 +138,9 @@ static int compare_dump(Run *run) {
 
 static int is_task_file(const char *path) {
     int32_t magic = 0;
-    FILE *f = fopen(path, "rb");
-    int known = f && fread(&magic, 4, 1, f) == 1 && magic == 20240522;
-    if (f) fclose(f);
+    gzFile f = gzopen(path, "rb");
+    int known = f && gzread(f, &magic, 4) == 4 && magic == 20240522;
+    if (f) gzclose(f);
     return known;
 }
 
@@ -175,7 +175,8 @@ static int eval_tasks(Run *run) {
     for (; examples < (size_t)header[2]; examples++) {
         double best = -INFINITY, best_norm = -INFINITY;
         size_t choice = 0, choice_norm = 0;
-        CHECK(next_word(&w) == 65535, "%s: example %zu does not begin with 65535", w.path, examples);
+        CHECK(next_word(&w) == 65535, "%s: example %zu does not begin with 65535", w.path,
+              examples);
         next_word(&w), next_word(&w);
         size_t label = next_word(&w), choices = next_word(&w), context = next_word(&w);
         CHECK(context > 0 && context < LONGEST, "%s: example %zu has a context of %zu "
@@ -189,7 +190,8 @@ static int eval_tasks(Run *run) {
             for (size_t i = 0; i < context + size; i++)
                 CHECK((size_t)ids[i] < run->m.d.V, "%s: token %d is outside the vocabulary of %zu",
                       w.path, ids[i], run->m.d.V);
-            double score = log_likelihood(run, ids, context + size, size), norm = score/(double)size;
+            double score = log_likelihood(run, ids, context + size, size),
+            norm = score/(double)size;
             if (score > best) best = score, choice = c;
             if (norm > best_norm) best_norm = norm, choice_norm = c;
         }
