@@ -151,7 +151,7 @@ X(Str,    data, "data/tinyshakespeare.txt.gz", 0, 0, Data, "text or llm.c shards
 X(Str,    val_data,       "",       0, 0,      Data,    "validation tokens, likewise")            \
 X(Num,    val_frac,       "0.1",    0, 0.9,    Data,    "held back of one text without --val-data")\
 X(Str,    tokenizer,      "",       0, 0,      Data,    "a tokenizer.json; without it: bytes")    \
-X(Int,    eot,            "-1",    -1, 1e9,    Data,    "id of end-of-text; -1: the tokenizer's")   \
+X(Int,    eot,            "-1",    -1, 1e9,    Data,    "end-of-text; -1: the tokenizer's")        \
 X(Switch, packed,         "",       0, 1,      Data,    "states start afresh at end-of-text")     \
 X(Int,    shuffle,        "1",      0, 1,      Data,    "0: file order")                          \
 X(Int,    seed,           "1337",   0, 9e15,   Data,    "of initialization, order and sampling")  \
@@ -438,8 +438,8 @@ static void sum_parts(real *g, const real *parts, size_t blocks, size_t m) {
     }
 }
 
-// exp(x) to 1 ulp, in a form that vectorizes. NaN passes through; x is clamped to where the result is
-// a normal number, which no formula here can tell from 0 or infinity.
+// exp(x) to 1 ulp, in a form that vectorizes. NaN passes through; x is clamped to where the result
+// is a normal number, which no formula here can tell from 0 or infinity.
 static inline real expr(real x) {
     if (sizeof(real) == 8) return (real)exp((double)x);
     float v = (float)x;
@@ -912,8 +912,9 @@ static void ssd_states_backward(const Dims *d, real *g_states, real *g_initial, 
     }
 }
 
-// g_a (len) of one chunk and head from its four kinds of paths. path (len,len, pitch Q) is destroyed:
-// it becomes the sum of its rows from l on, so that no difference is taken and nothing cancels.
+// g_a (len) of one chunk and head from its four kinds of paths. path (len,len, pitch Q) is
+// destroyed: row l becomes the sum of the rows from l on, so that no difference is taken and nothing
+// cancels.
 static void ssd_g_a(real *g_a, real *path, const real *rho, const real *pi, real kappa, size_t len,
                     size_t Q) {
     real before = 0, after = 0;
@@ -946,7 +947,7 @@ static SsdWork ssd_work(const Dims *d) {
 }
 
 // Step 4 for one head of a chunk: writes its columns of g_xBC, its g_dt without A g_a, and g_a, g_D
-// for each token; adds to w->g_CB (len,len) and to w->gBt, w->gCt (N,len), the transposes of g_B and g_C.
+// for each token; adds to w->g_CB (len,len) and to w->gBt, w->gCt (N,len), g_B and g_C transposed.
 static void ssd_head_backward(const Dims *d, const SsdWork *w, const Chunk *c, size_t h,
                               real *g_xBC, real *g_dt, real *g_a, real *g_D, const real *g_y,
                               const real *state, const real *g_state, const real *dt,
@@ -2393,8 +2394,8 @@ static void print_summary(const Run *run) {
            d->Q, flags.out);
 }
 
-// Opens data and model. dir: a model directory to start from, or NULL; state: that of dir when it is
-// a checkpoint to go on from, else NULL.
+// Opens data and model. dir: a model directory to start from, or NULL; state: that of dir when it
+// is a checkpoint to go on from, else NULL.
 static void run_open(Run *run, const char *dir, const Json *state, int training) {
     Loader *t = &run->train, *v = &run->val;
     if (state) restore_flags(dir, state);

@@ -222,7 +222,9 @@ template<typename floatX> __device__ inline float sigmoid(float x) {
 
 // ---- rows: 8 neighbouring columns a thread -------------------------------------------------------
 // Kernels that go over rows give each thread K vectors of 8 columns, a block's width apart; what lies
-// past the last column reads as zeros. K is a template argument, so that all stays in registers.
+// past the last column reads as zeros. K is a template argument, so that all stays in registers, and so
+// is WIDE: columns and pitches are multiples of 8, and a vector is one or two instructions without a
+// branch, so that many loads are on their way at once.
 template<int COUNT> struct VecOf {
     float v[COUNT];
 };
@@ -232,47 +234,46 @@ template<int BYTES> struct WordOf;                         // what one instructi
 template<> struct WordOf<8> { typedef uint2 type; };
 template<> struct WordOf<16> { typedef uint4 type; };
 
-template<int COUNT = 8, typename X>
+template<bool WIDE, int COUNT = 8, typename X>
 __device__ inline VecOf<COUNT> load(const X *from, size_t column, size_t columns) {
     constexpr int BYTES = COUNT * sizeof(X) < 16 ? COUNT * sizeof(X) : 16, PIECE = BYTES / sizeof(X);
     typedef typename WordOf<BYTES>::type Word;
     VecOf<COUNT> x = {};
-    const X *p = from + column;
-    if (column + COUNT <= columns && (uintptr_t)p % BYTES == 0) {
-        UNROLL for (int i = 0; i < COUNT; i += PIECE) {
-            Word word = *(const Word *)(p + i);
-            X element[PIECE];
-            memcpy(element, &word, BYTES);
-            UNROLL for (int j = 0; j < PIECE; j++) {
-                x.v[i + j] = (float)element[j];
-            }
+    if (WIDE) {
+        Word words[COUNT / PIECE] = {};
+        UNROLL for (int i = 0; i < COUNT / PIECE; i++) {
+            if (column < columns) words[i] = ((const Word *)(from + column))[i];
+        }
+        X element[COUNT];
+        memcpy(element, words, sizeof element);
+        UNROLL for (int i = 0; i < COUNT; i++) {
+            x.v[i] = (float)element[i];
         }
     } else {
         UNROLL for (int i = 0; i < COUNT; i++) {
-            if (column + i < columns) x.v[i] = (float)p[i];
+            if (column + i < columns) x.v[i] = (float)from[column + i];
         }
     }
     return x;
 }
 
-template<int COUNT, typename X>
+template<bool WIDE, int COUNT, typename X>
 __device__ inline void store(X *to, size_t column, size_t columns, const VecOf<COUNT> &x) {
     constexpr int BYTES = COUNT * sizeof(X) < 16 ? COUNT * sizeof(X) : 16, PIECE = BYTES / sizeof(X);
     typedef typename WordOf<BYTES>::type Word;
-    X *p = to + column;
-    if (column + COUNT <= columns && (uintptr_t)p % BYTES == 0) {
-        UNROLL for (int i = 0; i < COUNT; i += PIECE) {
-            X element[PIECE];
-            UNROLL for (int j = 0; j < PIECE; j++) {
-                element[j] = (X)x.v[i + j];
-            }
-            Word word;
-            memcpy(&word, element, BYTES);
-            *(Word *)(p + i) = word;
+    if (WIDE) {
+        X element[COUNT];
+        UNROLL for (int i = 0; i < COUNT; i++) {
+            element[i] = (X)x.v[i];
+        }
+        Word words[COUNT / PIECE];
+        memcpy(words, element, sizeof words);
+        UNROLL for (int i = 0; i < COUNT / PIECE; i++) {
+            if (column < columns) ((Word *)(to + column))[i] = words[i];
         }
     } else {
         UNROLL for (int i = 0; i < COUNT; i++) {
-            if (column + i < columns) p[i] = (X)x.v[i];
+            if (column + i < columns) to[column + i] = (X)x.v[i];
         }
     }
 }
@@ -289,14 +290,19 @@ __device__ inline float block_sum(float v, float part[32]) {
     return sum;
 }
 
-// Calls f(K, threads): 1 vector a thread, or 2 where 512 threads do not span the columns.
+// Calls f(K, WIDE, threads): 1 vector a thread, or 2 where 512 threads do not span the columns.
 template<class F>
-static void by_columns(size_t columns, F f) {
+static void by_columns(size_t columns, bool wide, F f) {
+    typedef std::integral_constant<int, 1> One;
+    typedef std::integral_constant<int, 2> Two;
     unsigned vectors = pieces(columns, 8);
     auto threads = [&](unsigned K) { return (unsigned)round_up(pieces(vectors, K), 32); };
-    if (threads(1) <= 512) f(std::integral_constant<int, 1>(), threads(1));
-    else if (threads(2) <= 512) f(std::integral_constant<int, 2>(), threads(2));
-    else die("rows of %zu columns are too long for the GPU, which takes up to 8192", columns);
+    CHECK(threads(2) <= 512, "rows of %zu columns are too long for the GPU, which takes up to 8192",
+          columns);
+    if (threads(1) <= 512 && wide) f(One(), std::true_type(), threads(1));
+    else if (threads(1) <= 512) f(One(), std::false_type(), threads(1));
+    else if (wide) f(Two(), std::true_type(), threads(2));
+    else f(Two(), std::false_type(), threads(2));
 }
 
 // Sums over rows go in two stages: each of at most PARTS blocks adds up its span of rows, then
@@ -513,7 +519,7 @@ static void embed_backward(const Dims *d, float *g_embedding, const float *g_res
 // == rmsnorm ======================================================================================
 // u = x^ w, x^ = resid rstd, rstd = 1 / sqrt(mean of resid^2 + eps)
 // backward, of v = w g_u:  g_resid += rstd (v - x^ mean(x^ v));  g_w += sum over rows of x^ g_u
-template<int K, typename floatX>
+template<int K, bool WIDE, typename floatX>
 __global__ void __launch_bounds__(512)
 rmsnorm_forward_kernel(floatX *u, float *rstd, const float *resid, const float *w, size_t M, float eps) {
     __shared__ float part[32];
@@ -521,7 +527,7 @@ rmsnorm_forward_kernel(floatX *u, float *rstd, const float *resid, const float *
     Vec x[K];
     float sum = 0.0f;
     UNROLL for (int k = 0; k < K; k++) {
-        x[k] = load(resid + row * M, (threadIdx.x + k * blockDim.x) * 8, M);
+        x[k] = load<WIDE>(resid + row * M, (threadIdx.x + k * blockDim.x) * 8, M);
         UNROLL for (int i = 0; i < 8; i++) {
             sum += x[k].v[i] * x[k].v[i];
         }
@@ -530,23 +536,23 @@ rmsnorm_forward_kernel(floatX *u, float *rstd, const float *resid, const float *
     if (threadIdx.x == 0) rstd[row] = scale;
     UNROLL for (int k = 0; k < K; k++) {
         size_t c = (threadIdx.x + k * blockDim.x) * 8;
-        Vec weight = load(w, c, M);
+        Vec weight = load<WIDE>(w, c, M);
         UNROLL for (int i = 0; i < 8; i++) {
             x[k].v[i] *= scale * weight.v[i];
         }
-        store(u + row * M, c, M, x[k]);
+        store<WIDE>(u + row * M, c, M, x[k]);
     }
 }
 template<typename floatX>
 static void rmsnorm_forward(const Dims *d, floatX *u, float *rstd, const float *resid, const float *w) {
-    by_columns(d->M, [&](auto K, unsigned threads) {
-        rmsnorm_forward_kernel<K(), floatX><<<(unsigned)d->n, threads, 0, stream>>>(
+    by_columns(d->M, d->M % 8 == 0, [&](auto K, auto WIDE, unsigned threads) {
+        rmsnorm_forward_kernel<K(), WIDE(), floatX><<<(unsigned)d->n, threads, 0, stream>>>(
             u, rstd, resid, w, d->M, d->eps);
     });
     LAUNCHED();
 }
 
-template<int K, typename floatX>
+template<int K, bool WIDE, typename floatX>
 __global__ void __launch_bounds__(512)
 rmsnorm_backward_kernel(float *g_resid, float *g_w_parts, floatX *copy, const floatX *g_u,
                         const float *resid, const float *rstd, const float *w, size_t n, size_t M,
@@ -554,16 +560,16 @@ rmsnorm_backward_kernel(float *g_resid, float *g_w_parts, floatX *copy, const fl
     __shared__ float part[2][32];
     Vec weight[K], g_w[K] = {};
     UNROLL for (int k = 0; k < K; k++) {
-        weight[k] = load(w, (threadIdx.x + k * blockDim.x) * 8, M);
+        weight[k] = load<WIDE>(w, (threadIdx.x + k * blockDim.x) * 8, M);
     }
     for (size_t row = blockIdx.x * span; row < min(n, (blockIdx.x + 1) * span); row++) {
         Vec x[K], v[K], g[K];
         float dot = 0.0f, scale = rstd[row];
         UNROLL for (int k = 0; k < K; k++) {
             size_t c = (threadIdx.x + k * blockDim.x) * 8;
-            x[k] = load(resid + row * M, c, M);
-            v[k] = load(g_u + row * M, c, M);
-            g[k] = load(g_resid + row * M, c, M);
+            x[k] = load<WIDE>(resid + row * M, c, M);
+            v[k] = load<WIDE>(g_u + row * M, c, M);
+            g[k] = load<WIDE>(g_resid + row * M, c, M);
             UNROLL for (int i = 0; i < 8; i++) {
                 x[k].v[i] *= scale;
                 g_w[k].v[i] += x[k].v[i] * v[k].v[i];
@@ -577,12 +583,12 @@ rmsnorm_backward_kernel(float *g_resid, float *g_w_parts, floatX *copy, const fl
             UNROLL for (int i = 0; i < 8; i++) {
                 g[k].v[i] += scale * (v[k].v[i] - x[k].v[i] * dot);
             }
-            store(g_resid + row * M, c, M, g[k]);
-            store(copy + row * M, c, M, g[k]);
+            store<WIDE>(g_resid + row * M, c, M, g[k]);
+            store<WIDE>(copy + row * M, c, M, g[k]);
         }
     }
     UNROLL for (int k = 0; k < K; k++) {
-        store(g_w_parts + blockIdx.x * M, (threadIdx.x + k * blockDim.x) * 8, M, g_w[k]);
+        store<WIDE>(g_w_parts + blockIdx.x * M, (threadIdx.x + k * blockDim.x) * 8, M, g_w[k]);
     }
 }
 // g_resid, g_w +=; copy: the new g_resid in floatX, for the products that follow
@@ -591,8 +597,8 @@ static void rmsnorm_backward(const Dims *d, float *g_resid, float *g_w, const fl
                              const float *resid, const float *rstd, const float *w, floatX *copy) {
     size_t span = pieces(d->n, PARTS), parts = pieces(d->n, span);
     float *g_w_parts = workspace(parts * d->M);
-    by_columns(d->M, [&](auto K, unsigned threads) {
-        rmsnorm_backward_kernel<K(), floatX><<<(unsigned)parts, threads, 0, stream>>>(
+    by_columns(d->M, d->M % 8 == 0, [&](auto K, auto WIDE, unsigned threads) {
+        rmsnorm_backward_kernel<K(), WIDE(), floatX><<<(unsigned)parts, threads, 0, stream>>>(
             g_resid, g_w_parts, copy, g_u, resid, rstd, w, d->n, d->M, span);
     });
     LAUNCHED();
@@ -741,7 +747,7 @@ static void linear_backward(floatX *g_in, float *g_weight, const floatX *g_out, 
 // or more: missing taps are the oldest, with weight 0.
 constexpr int CONV_ROWS = 32;
 
-template<int TAPS, int CHANNELS, typename floatX>
+template<int TAPS, bool WIDE, int CHANNELS, typename floatX>
 struct Conv {
     typedef VecOf<CHANNELS> Channels;
     const Dims &d;
@@ -756,7 +762,7 @@ struct Conv {
         if (past) past += r * (d.W - 1) * d.S;
         if (doc) doc += r * d.T;
         if (d.W == TAPS) {                                 // channel by channel, TAPS each
-            VecOf<CHANNELS *TAPS> all = load<CHANNELS * TAPS>(weight, c * TAPS, d.S * TAPS);
+            VecOf<CHANNELS *TAPS> all = load<WIDE, CHANNELS * TAPS>(weight, c * TAPS, d.S * TAPS);
             UNROLL for (int i = 0; i < CHANNELS * TAPS; i++) {
                 w[i % TAPS].v[i / TAPS] = all.v[i];
             }
@@ -767,21 +773,24 @@ struct Conv {
                 w[i % TAPS].v[i / TAPS] = there ? weight[channel * d.W + tap] : 0.0f;
             }
         }
-        b = load<CHANNELS>(bias, c, d.S);
+        b = load<WIDE, CHANNELS>(bias, c, d.S);
     }
-    __device__ Channels input(int t) const {
-        int before = t + (int)d.W - 1;                     // place in past (W-1,S)
-        if (t >= (int)d.T || before < 0) return Channels{};
-        if (t >= 0) return load<CHANNELS>(rows + t * d.pitch, c, d.S);
-        return past ? load<CHANNELS>(past + before * d.S, c, d.S) : Channels{};
+    __device__ Channels input(int t) const {               // t >= 0; past the end zeros
+        return load<WIDE, CHANNELS>(rows + t * d.pitch, c, t < (int)d.T ? d.S : 0);
+    }
+    __device__ Channels earlier(int t) const {             // t < 0
+        int place = t + (int)d.W - 1;                      // in past (W-1,S)
+        return past && place >= 0 ? load<WIDE, CHANNELS>(past + place * d.S, c, d.S) : Channels{};
     }
     __device__ void start(int t) {                         // before the first call of next(t)
         UNROLL for (int k = 1; k < TAPS; k++) {
-            in[k] = input(t - TAPS + k);
+            in[k] = t - TAPS + k < 0 ? earlier(t - TAPS + k) : input(t - TAPS + k);
         }
     }
-    __device__ bool sees(int t, int back) const {          // is step t - back of the same document?
-        return !doc || doc[t] == (t >= back ? doc[t - back] : 0);
+    __device__ int reach(int t) const {                    // how many steps back step t sees
+        int back = doc ? 0 : TAPS;
+        while (doc && back + 1 < TAPS && doc[t] == (t > back ? doc[t - back - 1] : 0)) back++;
+        return back;
     }
     __device__ Channels next(int t, const Channels &now) { // takes in step t, gives pre_t
         UNROLL for (int k = 1; k < TAPS; k++) {
@@ -789,8 +798,9 @@ struct Conv {
         }
         in[TAPS - 1] = now;
         Channels pre = b;
+        int far = reach(t);
         UNROLL for (int k = 0; k < TAPS; k++) {
-            if (!sees(t, TAPS - 1 - k)) continue;
+            if (TAPS - 1 - k > far) continue;
             UNROLL for (int i = 0; i < CHANNELS; i++) {
                 pre.v[i] += w[k].v[i] * in[k].v[i];
             }
@@ -799,7 +809,7 @@ struct Conv {
     }
 };
 
-template<int TAPS, typename floatX>
+template<int TAPS, bool WIDE, typename floatX>
 __global__ void __launch_bounds__(256, TAPS <= 4 ? 2 : 1)
 conv1d_forward_kernel(floatX *xBC, const floatX *zxBCdt, const float *w, const float *b,
                       const floatX *past, const int *doc, Dims d) {
@@ -808,7 +818,7 @@ conv1d_forward_kernel(floatX *xBC, const floatX *zxBCdt, const float *w, const f
     size_t r = blockIdx.z;
     if (c >= d.S || t0 >= T) return;
     xBC += r * d.T * d.S;
-    Conv<TAPS, 8, floatX> conv(d, r, c, zxBCdt, w, b, past, doc);
+    Conv<TAPS, WIDE, 8, floatX> conv(d, r, c, zxBCdt, w, b, past, doc);
     conv.start(t0);
     for (int t = t0; t < min(t0 + CONV_ROWS, T); t += 2) {
         Vec in[2];                                         // two loads at a time are on their way
@@ -821,17 +831,20 @@ conv1d_forward_kernel(floatX *xBC, const floatX *zxBCdt, const float *w, const f
             UNROLL for (int i = 0; i < 8; i++) {
                 x.v[i] *= sigmoid<floatX>(x.v[i]);
             }
-            store(xBC + (t + k) * d.S, c, d.S, x);
+            store<WIDE>(xBC + (t + k) * d.S, c, d.S, x);
         }
     }
 }
 
-// Calls f(TAPS).
+// Calls f(TAPS, WIDE).
 template<class F>
-static void by_taps(size_t W, F f) {
-    CHECK(W >= 1 && W <= 8, "d_conv is %zu; the GPU takes 1 to 8", W);
-    if (W <= 4) f(std::integral_constant<int, 4>());
-    else f(std::integral_constant<int, 8>());
+static void by_taps(const Dims *d, F f) {
+    typedef std::integral_constant<int, 4> Four;
+    typedef std::integral_constant<int, 8> Eight;
+    CHECK(d->W >= 1 && d->W <= 8, "d_conv is %zu; the GPU takes 1 to 8", d->W);
+    if (d->W > 4) f(Eight(), std::false_type());
+    else if (d->S % 8 == 0 && d->E % 8 == 0) f(Four(), std::true_type());
+    else f(Four(), std::false_type());
 }
 
 // w (S,W), b (S), past (R,W-1,S): xBC before this row, or NULL
@@ -839,8 +852,8 @@ template<typename floatX>
 static void conv1d_forward(const Dims *d, floatX *xBC, const floatX *zxBCdt, const float *w,
                            const float *b, const floatX *past, const int *doc) {
     dim3 grid(pieces(d->T, 8 * CONV_ROWS), pieces(d->S, 256), (unsigned)d->R);
-    by_taps(d->W, [&](auto TAPS) {
-        conv1d_forward_kernel<TAPS(), floatX><<<grid, 256, 0, stream>>>(
+    by_taps(d, [&](auto TAPS, auto WIDE) {
+        conv1d_forward_kernel<TAPS(), WIDE(), floatX><<<grid, 256, 0, stream>>>(
             xBC, zxBCdt, w, b, past, doc, *d);
     });
     LAUNCHED();
@@ -848,7 +861,7 @@ static void conv1d_forward(const Dims *d, floatX *xBC, const floatX *zxBCdt, con
 
 // A thread goes TAPS - 1 steps past its own: g_in_t needs g_pre up to t + TAPS - 1. due[k] is what
 // g_in has so far at the step that is under tap k. parts (grid.x * R, S W | S): of g_w and g_b.
-template<int TAPS, typename floatX>
+template<int TAPS, bool WIDE, typename floatX>
 __global__ void __launch_bounds__(256, TAPS <= 4 ? 2 : 1)
 conv1d_backward_kernel(floatX *g_zxBCdt, float *parts, const floatX *g_xBC, const floatX *zxBCdt,
                        const float *w, const float *b, const floatX *past, const int *doc, Dims d) {
@@ -859,7 +872,7 @@ conv1d_backward_kernel(floatX *g_zxBCdt, float *parts, const floatX *g_xBC, cons
     size_t r = blockIdx.z;
     g_xBC += r * d.T * d.S;
     g_zxBCdt += r * d.T * d.pitch + d.E;
-    Conv<TAPS, 4, floatX> conv(d, r, c, zxBCdt, w, b, past, doc);
+    Conv<TAPS, WIDE, 4, floatX> conv(d, r, c, zxBCdt, w, b, past, doc);
     Channels due[TAPS] = {}, g_w[TAPS + 1] = {};           // g_w[TAPS]: g_b
     auto step = [&](int t, const Channels &now, Channels g) {
         UNROLL for (int k = 1; k < TAPS; k++) {
@@ -869,13 +882,14 @@ conv1d_backward_kernel(floatX *g_zxBCdt, float *parts, const floatX *g_xBC, cons
         if (t < T) {
             Channels pre = conv.next(t, now);
             float own = t < t0 + CONV_ROWS ? 1.0f : 0.0f;  // of this thread's sums
+            int far = conv.reach(t);
             UNROLL for (int i = 0; i < 4; i++) {
                 float s = sigmoid<floatX>(pre.v[i]);
                 g.v[i] *= s * (1.0f + pre.v[i] * (1.0f - s));
                 g_w[TAPS].v[i] += own * g.v[i];
             }
             UNROLL for (int k = 0; k < TAPS; k++) {
-                if (!conv.sees(t, TAPS - 1 - k)) continue;
+                if (TAPS - 1 - k > far) continue;
                 UNROLL for (int i = 0; i < 4; i++) {
                     due[k].v[i] += conv.w[k].v[i] * g.v[i];
                     g_w[k].v[i] += conv.in[k].v[i] * (own * g.v[i]);
@@ -884,7 +898,7 @@ conv1d_backward_kernel(floatX *g_zxBCdt, float *parts, const floatX *g_xBC, cons
         }
         int done = t - (TAPS - 1);
         if (done >= t0 && done < T) {
-            store(g_zxBCdt + done * d.pitch, c, d.S, due[0]);
+            store<WIDE>(g_zxBCdt + done * d.pitch, c, d.S, due[0]);
         }
     };
     conv.start(t0);
@@ -892,7 +906,7 @@ conv1d_backward_kernel(floatX *g_zxBCdt, float *parts, const floatX *g_xBC, cons
         Channels in[2], g[2];                              // four loads at a time are on their way
         UNROLL for (int k = 0; k < 2; k++) {
             in[k] = conv.input(t + k);
-            g[k] = t + k < T ? load<4>(g_xBC + (t + k) * d.S, c, d.S) : Channels{};
+            g[k] = load<WIDE, 4>(g_xBC + (t + k) * d.S, c, t + k < T ? d.S : 0);
         }
         UNROLL for (int k = 0; k < 2; k++) {
             if (t + k < t0 + CONV_ROWS + TAPS - 1) step(t + k, in[k], g[k]);
@@ -924,8 +938,8 @@ static void conv1d_backward(const Dims *d, floatX *g_zxBCdt, float *g_w, float *
     dim3 grid(pieces(d->T, 8 * CONV_ROWS), pieces(d->S, 128), (unsigned)d->R);
     size_t count = grid.x * d->R, weights = d->S * d->W, pitch = weights + d->S;
     float *parts = workspace(count * pitch);
-    by_taps(d->W, [&](auto TAPS) {
-        conv1d_backward_kernel<TAPS(), floatX><<<grid, 256, 0, stream>>>(
+    by_taps(d, [&](auto TAPS, auto WIDE) {
+        conv1d_backward_kernel<TAPS(), WIDE(), floatX><<<grid, 256, 0, stream>>>(
             g_zxBCdt, parts, g_xBC, zxBCdt, w, b, past, doc, *d);
     });
     LAUNCHED();
@@ -1639,7 +1653,7 @@ static void ssd_backward(const Dims *d, floatX *g_xBC, float *g_dt, float *g_A_l
 // backward: g_v = rstd (w g_o - v^ mean(v^ w g_o));  g_y = g_v silu(z);  g_z = g_v y silu'(z);
 //           g_w += sum over rows of v^ g_o
 
-template<int K, typename floatX>
+template<int K, bool WIDE, typename floatX>
 __global__ void __launch_bounds__(512)
 gated_rmsnorm_forward_kernel(floatX *o, float *rstd, const floatX *y, const floatX *zxBCdt,
                              const float *w, Dims d) {
@@ -1649,8 +1663,8 @@ gated_rmsnorm_forward_kernel(floatX *o, float *rstd, const floatX *y, const floa
     float sum = 0.0f;
     UNROLL for (int k = 0; k < K; k++) {
         size_t c = (threadIdx.x + k * blockDim.x) * 8;
-        v[k] = load(y + row * d.E + first, c, columns);
-        Vec z = load(zxBCdt + row * d.pitch + first, c, columns);
+        v[k] = load<WIDE>(y + row * d.E + first, c, columns);
+        Vec z = load<WIDE>(zxBCdt + row * d.pitch + first, c, columns);
         UNROLL for (int i = 0; i < 8; i++) {
             v[k].v[i] *= z.v[i] * sigmoid<floatX>(z.v[i]);
             sum += v[k].v[i] * v[k].v[i];
@@ -1660,26 +1674,26 @@ gated_rmsnorm_forward_kernel(floatX *o, float *rstd, const floatX *y, const floa
     if (threadIdx.x == 0) rstd[row * d.G + blockIdx.y] = scale;
     UNROLL for (int k = 0; k < K; k++) {
         size_t c = (threadIdx.x + k * blockDim.x) * 8;
-        Vec weight = load(w + first, c, columns);
+        Vec weight = load<WIDE>(w + first, c, columns);
         UNROLL for (int i = 0; i < 8; i++) {
             v[k].v[i] *= scale * weight.v[i];
         }
-        store(o + row * d.E + first, c, columns, v[k]);
+        store<WIDE>(o + row * d.E + first, c, columns, v[k]);
     }
 }
 // o (n,E), rstd (n,G)
 template<typename floatX>
 static void gated_rmsnorm_forward(const Dims *d, floatX *o, float *rstd, const floatX *y,
                                   const floatX *zxBCdt, const float *w) {
-    by_columns(d->E / d->G, [&](auto K, unsigned threads) {
+    by_columns(d->E / d->G, d->E / d->G % 8 == 0, [&](auto K, auto WIDE, unsigned threads) {
         dim3 grid((unsigned)d->n, (unsigned)d->G);
-        gated_rmsnorm_forward_kernel<K(), floatX><<<grid, threads, 0, stream>>>(
+        gated_rmsnorm_forward_kernel<K(), WIDE(), floatX><<<grid, threads, 0, stream>>>(
             o, rstd, y, zxBCdt, w, *d);
     });
     LAUNCHED();
 }
 
-template<int K, typename floatX>
+template<int K, bool WIDE, typename floatX>
 __global__ void __launch_bounds__(512)
 gated_rmsnorm_backward_kernel(floatX *g_y, floatX *g_zxBCdt, float *g_w_parts, const floatX *g_o,
                               const floatX *y, const floatX *zxBCdt, const float *rstd, const float *w,
@@ -1688,22 +1702,24 @@ gated_rmsnorm_backward_kernel(floatX *g_y, floatX *g_zxBCdt, float *g_w_parts, c
     size_t columns = d.E / d.G, first = blockIdx.y * columns;
     Vec weight[K], g_w[K] = {};
     UNROLL for (int k = 0; k < K; k++) {
-        weight[k] = load(w + first, (threadIdx.x + k * blockDim.x) * 8, columns);
+        weight[k] = load<WIDE>(w + first, (threadIdx.x + k * blockDim.x) * 8, columns);
     }
     size_t begin = blockIdx.x * span, end = min(d.n, begin + span);
     Vec next[K][3];                                        // g_o, y, z of the next row, on their way
+    float next_scale = 0.0f;
     auto fetch = [&](size_t row) {
+        next_scale = rstd[row * d.G + blockIdx.y];
         UNROLL for (int k = 0; k < K; k++) {
             size_t c = (threadIdx.x + k * blockDim.x) * 8;
-            next[k][0] = load(g_o + row * d.E + first, c, columns);
-            next[k][1] = load(y + row * d.E + first, c, columns);
-            next[k][2] = load(zxBCdt + row * d.pitch + first, c, columns);
+            next[k][0] = load<WIDE>(g_o + row * d.E + first, c, columns);
+            next[k][1] = load<WIDE>(y + row * d.E + first, c, columns);
+            next[k][2] = load<WIDE>(zxBCdt + row * d.pitch + first, c, columns);
         }
     };
     if (begin < end) fetch(begin);
     for (size_t row = begin; row < end; row++) {
         Vec g[K], x[K], z[K];
-        float dot = 0.0f, scale = rstd[row * d.G + blockIdx.y];
+        float dot = 0.0f, scale = next_scale;
         UNROLL for (int k = 0; k < K; k++) {
             g[k] = next[k][0];
             x[k] = next[k][1];
@@ -1726,14 +1742,14 @@ gated_rmsnorm_backward_kernel(floatX *g_y, floatX *g_zxBCdt, float *g_w_parts, c
                 g_x.v[i] = g_v * silu;
                 g_z.v[i] = g_v * in * s * (1.0f + z[k].v[i] * (1.0f - s));
             }
-            store(g_y + row * d.E + first, c, columns, g_x);
-            store(g_zxBCdt + row * d.pitch + first, c, columns, g_z);
+            store<WIDE>(g_y + row * d.E + first, c, columns, g_x);
+            store<WIDE>(g_zxBCdt + row * d.pitch + first, c, columns, g_z);
         }
         if (K > 1 && row + 1 < end) fetch(row + 1);
     }
     UNROLL for (int k = 0; k < K; k++) {
         size_t c = (threadIdx.x + k * blockDim.x) * 8;
-        store(g_w_parts + blockIdx.x * d.E + first, c, columns, g_w[k]);
+        store<WIDE>(g_w_parts + blockIdx.x * d.E + first, c, columns, g_w[k]);
     }
 }
 // writes g_y and its columns of g_zxBCdt; g_w +=
@@ -1743,9 +1759,9 @@ static void gated_rmsnorm_backward(const Dims *d, floatX *g_y, floatX *g_zxBCdt,
                                    const float *rstd, const float *w) {
     size_t span = pieces(d->n, PARTS), parts = pieces(d->n, span);
     float *g_w_parts = workspace(parts * d->E);
-    by_columns(d->E / d->G, [&](auto K, unsigned threads) {
+    by_columns(d->E / d->G, d->E / d->G % 8 == 0, [&](auto K, auto WIDE, unsigned threads) {
         dim3 grid((unsigned)parts, (unsigned)d->G);
-        gated_rmsnorm_backward_kernel<K(), floatX><<<grid, threads, 0, stream>>>(
+        gated_rmsnorm_backward_kernel<K(), WIDE(), floatX><<<grid, threads, 0, stream>>>(
             g_y, g_zxBCdt, g_w_parts, g_o, y, zxBCdt, rstd, w, *d, span);
     });
     LAUNCHED();
@@ -1755,40 +1771,42 @@ static void gated_rmsnorm_backward(const Dims *d, floatX *g_y, floatX *g_zxBCdt,
 // == swiglu =======================================================================================
 // h = a silu(b), ab (n,2F): a | b;  g_a = g_h silu(b);  g_b = g_h a silu'(b)
 
-template<typename floatX>
+template<bool WIDE, typename floatX>
 __global__ void __launch_bounds__(256) swiglu_forward_kernel(floatX *h, const floatX *ab, Dims d) {
     size_t row = blockIdx.x, c = (blockIdx.y * (size_t)256 + threadIdx.x) * 8;
-    Vec a = load(ab + row * 2 * d.F, c, d.F), b = load(ab + row * 2 * d.F + d.F, c, d.F);
+    Vec a = load<WIDE>(ab + row * 2 * d.F, c, d.F), b = load<WIDE>(ab + row * 2 * d.F + d.F, c, d.F);
     UNROLL for (int i = 0; i < 8; i++) {
         a.v[i] *= b.v[i] * sigmoid<floatX>(b.v[i]);
     }
-    store(h + row * d.F, c, d.F, a);
+    store<WIDE>(h + row * d.F, c, d.F, a);
 }
 template<typename floatX>
 static void swiglu_forward(const Dims *d, floatX *h, const floatX *ab) {
-    swiglu_forward_kernel<floatX><<<dim3((unsigned)d->n, pieces(d->F, 2048)), 256, 0, stream>>>(
-        h, ab, *d);
+    dim3 grid((unsigned)d->n, pieces(d->F, 2048));
+    if (d->F % 8 == 0) swiglu_forward_kernel<true, floatX><<<grid, 256, 0, stream>>>(h, ab, *d);
+    else swiglu_forward_kernel<false, floatX><<<grid, 256, 0, stream>>>(h, ab, *d);
     LAUNCHED();
 }
 
-template<typename floatX>
+template<bool WIDE, typename floatX>
 __global__ void __launch_bounds__(256)
 swiglu_backward_kernel(floatX *g_ab, const floatX *g_h, const floatX *ab, Dims d) {
     size_t row = blockIdx.x, c = (blockIdx.y * (size_t)256 + threadIdx.x) * 8;
-    Vec a = load(ab + row * 2 * d.F, c, d.F), b = load(ab + row * 2 * d.F + d.F, c, d.F);
-    Vec g = load(g_h + row * d.F, c, d.F);
+    Vec a = load<WIDE>(ab + row * 2 * d.F, c, d.F), b = load<WIDE>(ab + row * 2 * d.F + d.F, c, d.F);
+    Vec g = load<WIDE>(g_h + row * d.F, c, d.F);
     UNROLL for (int i = 0; i < 8; i++) {
         float s = sigmoid<floatX>(b.v[i]), g_b = g.v[i] * a.v[i] * s * (1.0f + b.v[i] * (1.0f - s));
         a.v[i] = g.v[i] * b.v[i] * s;
         b.v[i] = g_b;
     }
-    store(g_ab + row * 2 * d.F, c, d.F, a);
-    store(g_ab + row * 2 * d.F + d.F, c, d.F, b);
+    store<WIDE>(g_ab + row * 2 * d.F, c, d.F, a);
+    store<WIDE>(g_ab + row * 2 * d.F + d.F, c, d.F, b);
 }
 template<typename floatX>
 static void swiglu_backward(const Dims *d, floatX *g_ab, const floatX *g_h, const floatX *ab) {
-    swiglu_backward_kernel<floatX><<<dim3((unsigned)d->n, pieces(d->F, 2048)), 256, 0, stream>>>(
-        g_ab, g_h, ab, *d);
+    dim3 grid((unsigned)d->n, pieces(d->F, 2048));
+    if (d->F % 8 == 0) swiglu_backward_kernel<true, floatX><<<grid, 256, 0, stream>>>(g_ab, g_h, ab, *d);
+    else swiglu_backward_kernel<false, floatX><<<grid, 256, 0, stream>>>(g_ab, g_h, ab, *d);
     LAUNCHED();
 }
 
@@ -1807,7 +1825,7 @@ __device__ inline Partition join(Partition a, Partition b) {
     return Partition{greatest, a.sum * expf(a.greatest - greatest) + b.sum * expf(b.greatest - greatest)};
 }
 
-template<typename Logit>
+template<bool WIDE, typename Logit>
 __global__ void __launch_bounds__(512)
 cross_entropy_kernel(float *losses, Logit *logits, const int *targets, float scale, int backward,
                      int fits, size_t V) {
@@ -1818,8 +1836,8 @@ cross_entropy_kernel(float *losses, Logit *logits, const int *targets, float sca
     Logit *kept = fits ? (Logit *)shared : logits;         // for the second reading
     Partition all = {-INFINITY, 0.0f};
     for (size_t c = threadIdx.x * 8; c < V; c += 512 * 8) {
-        Vec x = load(logits, c, V);
-        if (fits) store(kept, c, V, x);
+        Vec x = load<WIDE>(logits, c, V);
+        if (fits) store<WIDE>(kept, c, V, x);
         float greatest = -INFINITY, sum = 0.0f;
         UNROLL for (int i = 0; i < 8; i++) {
             if (c + i < V) greatest = max(greatest, x.v[i]);
@@ -1845,12 +1863,12 @@ cross_entropy_kernel(float *losses, Logit *logits, const int *targets, float sca
     if (!backward) return;
     float part_of = scale / all.sum;
     for (size_t c = threadIdx.x * 8; c < V; c += 512 * 8) {
-        Vec x = load(kept, c, V);
+        Vec x = load<WIDE>(kept, c, V);
         UNROLL for (int i = 0; i < 8; i++) {
             float p = exp_of<Logit>(x.v[i] - all.greatest) * part_of;
             x.v[i] = p - (c + i == target ? scale : 0.0f);
         }
-        store(logits, c, V, x);
+        store<WIDE>(logits, c, V, x);
     }
 }
 
@@ -1860,8 +1878,9 @@ static void cross_entropy(float *losses, Logit *logits, const int *targets, floa
                           size_t rows, size_t V) {
     size_t bytes = backward ? V * sizeof(Logit) : 0;
     int fits = bytes > 0 && 2 * bytes <= shared_room() - 4096;
-    if (fits) allow_shared(cross_entropy_kernel<Logit>, bytes);
-    cross_entropy_kernel<Logit><<<(unsigned)rows, 512, fits ? bytes : 0, stream>>>(
+    auto kernel = V % 8 ? cross_entropy_kernel<false, Logit> : cross_entropy_kernel<true, Logit>;
+    if (fits) allow_shared(kernel, bytes);
+    kernel<<<(unsigned)rows, 512, fits ? bytes : 0, stream>>>(
         losses, logits, targets, scale, backward, fits, V);
     LAUNCHED();
 }
@@ -1899,7 +1918,7 @@ sum_squares_kernel(float *parts, const float *grads, size_t count) {
     __shared__ float part[32];
     float sum = 0.0f;
     for (size_t i = (blockIdx.x * (size_t)256 + threadIdx.x) * 8; i < count; i += NORM_PARTS * 256 * 8) {
-        Vec g = load(grads, i, count);
+        Vec g = i + 8 <= count ? load<true>(grads, i, count) : load<false>(grads, i, count);
         UNROLL for (int k = 0; k < 8; k++) {
             sum += g.v[k] * g.v[k];
         }
@@ -1914,13 +1933,11 @@ struct AdamW {
     float beta1, rest1, beta2, rest2, eps, keep, step, root, grad_scale;
 };
 // copy: the parameter in floatX for matrix products
-template<typename floatX>
-__global__ void __launch_bounds__(256)
-adamw_kernel(float *w, floatX *copy, float *m, float *v, const float *g, AdamW s, size_t count) {
-    size_t at = (blockIdx.x * (size_t)256 + threadIdx.x) * 8;
-    if (at >= count) return;
-    Vec weight = load(w, at, count), grad = load(g, at, count);
-    Vec mean = load(m, at, count), square = load(v, at, count);
+template<bool WIDE, typename floatX>
+__device__ inline void adamw_at(size_t at, float *w, floatX *copy, float *m, float *v, const float *g,
+                                const AdamW &s, size_t count) {
+    Vec weight = load<WIDE>(w, at, count), grad = load<WIDE>(g, at, count);
+    Vec mean = load<WIDE>(m, at, count), square = load<WIDE>(v, at, count);
     UNROLL for (int i = 0; i < 8; i++) {
         float gi = grad.v[i] * s.grad_scale;
         mean.v[i] = s.beta1 * mean.v[i] + s.rest1 * gi;
@@ -1928,10 +1945,17 @@ adamw_kernel(float *w, floatX *copy, float *m, float *v, const float *g, AdamW s
         float root = sqrtf(square.v[i]) * s.root + s.eps;
         weight.v[i] = s.keep * weight.v[i] - s.step * mean.v[i] / root;
     }
-    store(w, at, count, weight);
-    store(m, at, count, mean);
-    store(v, at, count, square);
-    if (sizeof(floatX) != sizeof(float)) store(copy, at, count, weight);
+    store<WIDE>(w, at, count, weight);
+    store<WIDE>(m, at, count, mean);
+    store<WIDE>(v, at, count, square);
+    if (sizeof(floatX) != sizeof(float)) store<WIDE>(copy, at, count, weight);
+}
+template<typename floatX>
+__global__ void __launch_bounds__(256)
+adamw_kernel(float *w, floatX *copy, float *m, float *v, const float *g, AdamW s, size_t count) {
+    size_t at = (blockIdx.x * (size_t)256 + threadIdx.x) * 8;
+    if (at + 8 <= count) adamw_at<true>(at, w, copy, m, v, g, s, count);
+    else adamw_at<false>(at, w, copy, m, v, g, s, count);              // the last few
 }
 
 // == one step at a time ===========================================================================
@@ -2149,7 +2173,8 @@ static void close_acts(Model<floatX> *m) {
 template<typename floatX>
 __global__ void __launch_bounds__(256) cast_kernel(floatX *to, const float *from, size_t count) {
     size_t i = (blockIdx.x * (size_t)256 + threadIdx.x) * 8;
-    if (i < count) store(to, i, count, load(from, i, count));
+    if (i + 8 <= count) store<true>(to, i, count, load<true>(from, i, count));
+    else store<false>(to, i, count, load<false>(from, i, count));
 }
 
 // ---- between host and device ---------------------------------------------------------------------
@@ -2502,6 +2527,7 @@ struct Device {
         download(host->mean, m->mean, 1, n, n);
         download(host->square, m->square, 1, n, n);
         if (host->watch) {                                 // --dump
+            memcpy(host->a.losses, m->host_losses, m->d.n * sizeof(float));
             download(host->grads, m->grads, 1, n, n);
             download(host->a.hidden, m->a.hidden, 1, m->d.n * m->d.M, m->d.n * m->d.M);
         }
@@ -2577,9 +2603,45 @@ static double gpu_peak() {
     return 0;
 }
 
+// --compare without a file: the same micro-batch, at the same chunk, by the CPU's ops in float64 and in
+// float, both as dumps; then the GPU against the first, with the second's error as the measure.
+static int gpu_compare(cpu::Run *run) {
+    char dir[] = "/tmp/train_mamba2_compare_XXXXXX";
+    CHECK(mkdtemp(dir), "%s: %s", dir, strerror(errno));
+    char *ref = strdup(cpu::str("%s/float64", dir)), *base = strdup(cpu::str("%s/float32", dir));
+    const char *dtype = cpu::flags.dtype, *init = *cpu::flags.init ? cpu::flags.init : NULL;
+    cpu::flags.dtype = "f32";
+    cpu::flags.chunk_size = (cpu::Int)run->m.d.Q;
+    static_assert(sizeof cpu64::flags == sizeof cpu::flags, "one table makes both");
+    memcpy(&cpu64::flags, &cpu::flags, sizeof cpu64::flags);
+    memcpy(cpu64::given, cpu::given, sizeof cpu64::given);
+
+    static cpu64::Run run64;
+    cpu64::Dump dump64;
+    run64.device = &cpu64::cpu_backend;
+    cpu64::run_open(&run64, init, NULL, 1);
+    cpu64::dump_run(&run64, &dump64);
+    cpu64::tensors_write(ref, &dump64.list);
+
+    static cpu::Run run32;
+    cpu::Dump dump32;
+    run32.device = &cpu::cpu_backend;
+    cpu::run_open(&run32, init, NULL, 1);
+    cpu::dump_run(&run32, &dump32);
+    cpu::tensors_write(base, &dump32.list);
+
+    cpu::flags.dtype = dtype;
+    cpu::flags.compare = strdup(cpu::str("%s,%s", ref, base));
+    int bad = cpu::compare_dump(run);
+    unlink(ref);
+    unlink(base);
+    rmdir(dir);
+    return bad > 0;
+}
+
 static const cpu::Backend gpu_backend = {
     "GPU", gpu_start, gpu_open, gpu_loss, gpu_norm, gpu_update, gpu_carry, gpu_fetch, gpu_generate,
-    gpu_peak, NULL
+    gpu_peak, gpu_compare
 };
 
 int main(int argc, char **argv) { return cpu::run_main(argc, argv, &gpu_backend); }

@@ -211,7 +211,7 @@ def main():
         start = time.time()
         peers[name]()                   # the first step compiles, allocates, warms up
         print(f"{name}: first step {time.time() - start:.1f} s", flush=True)
-    for _ in range(args.rounds):
+    for number in range(args.rounds):
         if args.ours:
             speeds["ours"] += run_ours(args.ours, c, R, T, args.steps, args.threads, flags)
         for name, step in peers.items():
@@ -219,6 +219,8 @@ def main():
                 start = time.perf_counter()
                 step()
                 speeds[name].append(R*T/(time.perf_counter() - start))
+        latest = "  ".join(f"{name} {values[-1]:.1f}" for name, values in speeds.items())
+        print(f"round {number + 1}, tokens/s: {latest}", flush=True)
 
     print(f"\n{args.shape}: d_model {c.M}, {c.L} layers, {c.V} rows, B={R} T={T}, {args.threads} "
           f"threads, PyTorch {torch.__version__}, transformers {transformers.__version__}")

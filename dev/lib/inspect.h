@@ -12,8 +12,8 @@ static void dump_tensor(Dump *dump, const char *name, size_t rank, const size_t 
     tensors_add(&dump->list, name, rank, shape, copy);
 }
 
-// Called after each part of a layer: 0 its forward, 1 and 2 the two halves of its backward. A row of
-// ACTS belongs to the part after which it holds what its name says.
+// Called after each part of a layer: 0 its forward, 1 and 2 the two halves of its backward. A row
+// of ACTS belongs to the part after which it holds what its name says.
 static void dump_layer(void *watcher, size_t l, int part) {
     Dump *dump = (Dump *)watcher;
     const Model *m = dump->m;
@@ -130,11 +130,11 @@ static int compare_dump(Run *run) {
     return bad;
 }
 
-// ---- multiple choice: the evaluation files of llm.c ------------------------------------------------
+// ---- multiple choice: the evaluation files of llm.c ----------------------------------------------
 // 256 int32 (20240522, 1, examples, longest example), then 16-bit numbers, for each example:
-// 65535, bytes, index, label, choices, context size, the context, and for each choice its size and its
-// tokens. A choice's score is the log-likelihood of its tokens; acc takes the best sum, acc_norm the
-// best mean over the tokens (llm.c's rule).
+// 65535, bytes, index, label, choices, context size, the context, and for each choice its size and
+// its tokens. A choice's score is the log-likelihood of its tokens; acc takes the best sum, acc_norm
+// the best mean over the tokens (llm.c's rule).
 
 static int is_task_file(const char *path) {
     int32_t magic = 0;

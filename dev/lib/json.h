@@ -230,7 +230,8 @@ static const Json *json_get(const Json *object, const char *key)    // NULL when
     return NULL;
 }
 
-static const Json *json_expect(const Json *node, JsonKind kind, const char *path, const char *name) {
+static const Json *json_expect(const Json *node, JsonKind kind, const char *path,
+                               const char *name) {
     static const char *const kinds[] = {
         "null", "false", "true", "a number", "a string", "an array", "an object"
     };

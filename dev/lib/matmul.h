@@ -52,7 +52,8 @@ enum {
     GROUP = 96,                     // rows of A packed at a time
     EDGE = 64,                      // values of k packed at a time at the edges of a small product
     PITCH = KC + 2,                 // + 2, or panels of 2^n bytes would compete for one cache set
-    FEW = 4                         // rows that are not worth packing B for
+    FEW = 4,                        // rows that are not worth packing B for
+    STRIDED = 0, PACKED, PAIRS      // operands of a tile: in place; in panels; of pairs of bf16
 };
 typedef real vec __attribute__((vector_size(VL*sizeof(real))));
 typedef real vec_at __attribute__((vector_size(VL*sizeof(real)), aligned(sizeof(real)), may_alias));
@@ -75,28 +76,33 @@ static size_t panels(size_t n) { return parts(parts(n, VL), NV); }
 static size_t panel_start(size_t q, size_t n) { return least(n, q*parts(n, VL)/panels(n)*VL); }
 
 // sum + a b in every lane; of pairs of bf16, sum + a.low b.low + a.high b.high
-INLINE vec multiply_add(vec sum, const real *a, vec b, const int pairs) {
+INLINE vec multiply_add(vec sum, const real *a, vec b, const int kind) {
 #if BF16 == 2
-    if (pairs) {
+    if (kind == PAIRS) {
         int a2;
         memcpy(&a2, a, sizeof a2);
         return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a2), (__m512bh)b);
     }
 #endif
-    (void)pairs;
+    (void)kind;
     return sum + *a*b;
 }
 
-// C = beta C + A B for MR rows and nv vectors
+// C = beta C + A B for MR rows and nv vectors. Panels are prefetched, B from L2 and A from L3.
 INLINE void tile(real *C, size_t ldc, const real *A, size_t a_row, size_t a_col,
-                 const real *B, size_t ldb, size_t K, real beta, const int nv, const int pairs) {
+                 const real *B, size_t ldb, size_t K, real beta, const int nv, const int kind) {
     vec sum[MR][NV] = {{{0}}}, b[NV];
     for (size_t k = 0; k < K; k++, A += a_col, B += ldb) {
         UNROLL for (int j = 0; j < nv; j++)
             b[j] = *(const vec_at *)(B + j*VL);
+        if (kind != STRIDED) {
+            __builtin_prefetch(A + 64*a_col);
+            UNROLL for (int j = 0; j < nv; j++)
+                __builtin_prefetch(B + 8*ldb + j*VL);
+        }
         UNROLL for (int i = 0; i < MR; i++)
             UNROLL for (int j = 0; j < nv; j++)
-                sum[i][j] = multiply_add(sum[i][j], A + i*a_row, b[j], pairs);
+                sum[i][j] = multiply_add(sum[i][j], A + i*a_row, b[j], kind);
     }
     UNROLL for (int i = 0; i < MR; i++, C += ldc)
         UNROLL for (int j = 0; j < nv; j++) {
@@ -108,10 +114,10 @@ INLINE void tile(real *C, size_t ldc, const real *A, size_t a_row, size_t a_col,
 
 // The same for n columns: the compiler makes a tile for each number of vectors
 INLINE void full_tile(real *C, size_t ldc, const real *A, size_t a_row, size_t a_col, const real *B,
-                      size_t ldb, size_t n, size_t K, real beta, const int pairs) {
-    if (n > 2*VL)    tile(C, ldc, A, a_row, a_col, B, ldb, K, beta, 3, pairs);
-    else if (n > VL) tile(C, ldc, A, a_row, a_col, B, ldb, K, beta, 2, pairs);
-    else             tile(C, ldc, A, a_row, a_col, B, ldb, K, beta, 1, pairs);
+                      size_t ldb, size_t n, size_t K, real beta, const int kind) {
+    if (n > 2*VL)    tile(C, ldc, A, a_row, a_col, B, ldb, K, beta, 3, kind);
+    else if (n > VL) tile(C, ldc, A, a_row, a_col, B, ldb, K, beta, 2, kind);
+    else             tile(C, ldc, A, a_row, a_col, B, ldb, K, beta, 1, kind);
 }
 
 // The same on panels a (K,MR) and b (K,NR). At the edges of C a whole tile is computed beside it.
@@ -130,15 +136,15 @@ static void packed_tile(real *C, size_t ldc, const real *a, const real *b, size_
         for (size_t j = 0; j < n; j += VL)
             __builtin_prefetch(C + i*ldc + j, 1);
     if (BF16 == 2 && pairs)
-        full_tile(C, ldc, a, 1, MR, b, NR, n, parts(K, 2), beta, 1);
+        full_tile(C, ldc, a, 1, MR, b, NR, n, parts(K, 2), beta, PAIRS);
     else
-        full_tile(C, ldc, a, 1, MR, b, NR, n, K, beta, 0);
+        full_tile(C, ldc, a, 1, MR, b, NR, n, K, beta, PACKED);
 }
 
 // The same where nothing is packed; not inline, for its strides need all the registers
 static __attribute__((noinline)) void strided_tile(real *C, size_t ldc, const real *A, size_t a_row,
     size_t a_col, const real *B, size_t ldb, size_t n, size_t K, real beta) {
-    full_tile(C, ldc, A, a_row, a_col, B, ldb, n, K, beta, 0);
+    full_tile(C, ldc, A, a_row, a_col, B, ldb, n, K, beta, STRIDED);
 }
 
 // The indices of two vectors' elements taken in turn, from `first` on: a zip
@@ -229,28 +235,38 @@ INLINE void pack(real *panel, size_t size, const real *from, size_t line, size_t
         round_panel(panel + r/w*size, K, w);
 }
 
-// A few rows of A times the lines of B, which are read once, at the speed of memory: decoding
-static void few_rows(real *C, size_t ldc, const real *A, size_t lda, const real *B, size_t ldb,
-                     size_t M, size_t N, size_t K, int add) {
-    OMP(parallel for schedule(static))
-    for (size_t j = 0; j < N; j++)
-        for (size_t i = 0; i < M; i++) {
-            real sum = 0;
-            OMP(simd reduction(+:sum))
-            for (size_t k = 0; k < K; k++)
-                sum += A[i*lda + k]*B[j*ldb + k];
-            C[i*ldc + j] = add ? C[i*ldc + j] + sum : sum;
-        }
+// C[i] (+)= A[i] . b for M <= FEW rows of A at once, so that b is read once: decoding, where the
+// speed of memory is the limit. Rows from M on repeat the last.
+INLINE void dots(real *C, size_t ldc, const real *A, size_t lda, const real *b,
+                 size_t M, size_t K, int add) {
+    vec sum[FEW] = {{0}};
+    size_t k = 0;
+    for (; k + VL <= K; k += VL) {
+        __builtin_prefetch(b + k + 32*VL);
+        UNROLL for (int i = 0; i < FEW; i++)
+            sum[i] += *(const vec_at *)(A + least(i, M - 1)*lda + k) * *(const vec_at *)(b + k);
+    }
+    for (size_t i = 0; i < M; i++) {
+        real total = 0;
+        for (int lane = 0; lane < VL; lane++)
+            total += sum[i][lane];
+        for (size_t rest = k; rest < K; rest++)
+            total += A[i*lda + rest]*b[rest];
+        C[i*ldc] = add ? C[i*ldc] + total : total;
+    }
 }
 
 // Called outside parallel regions. Slabs are packed into one pair of buffers while
 // slow threads may still be busy with the other.
 static void matmul(real *C, size_t ldc, const real *A, size_t a_row, size_t a_col,
-                   const real *B, size_t b_row, size_t b_col, size_t M, size_t N, size_t K, int add) {
+                   const real *B, size_t b_row, size_t b_col, size_t M, size_t N, size_t K,
+                   int add) {
     for (size_t i = 0; !K && !add && i < M; i++) memset(C + i*ldc, 0, N*sizeof(real));
     if (!M || !N || !K) return;
     if (M <= FEW && a_col == 1 && b_row == 1 && !matmul_bf16) {
-        few_rows(C, ldc, A, a_row, B, b_col, M, N, K, add);
+        OMP(parallel for schedule(static))
+        for (size_t j = 0; j < N; j++)
+            dots(C + j, ldc, A, a_row, B + j*b_col, M, K, add);
         return;
     }
     const size_t kc = even(K, KC, 2*VL), mb = even(M, MB, MR), nb = even(N, NB, NR), pitch = kc + 2;
@@ -329,15 +345,17 @@ INLINE double fma_rate(void) {
     return 2.0*VL*chains*steps/seconds + 0*(double)sum[0][0];      // so that the sums are needed
 }
 
-// FLOP/s of all threads at FMAs in registers: what no matmul can exceed. The best of five samples of
-// 20 ms, for the machine may be busy.
+// FLOP/s of all threads at FMAs in registers, for 20 ms: what no matmul can exceed
+static double fma_sample(void) {
+    double rate = 0;
+    OMP(parallel reduction(+:rate))
+    rate += fma_rate();
+    return rate;
+}
+
+// The best of five samples, for the machine may be busy
 static double fma_peak(void) {
     double best = 0;
-    for (int i = 0; i < 5; i++) {
-        double rate = 0;
-        OMP(parallel reduction(+:rate))
-        rate += fma_rate();
-        best = rate > best ? rate : best;
-    }
+    for (int i = 0; i < 5; i++) best = fmax(best, fma_sample());
     return best;
 }

@@ -15,7 +15,8 @@ typedef struct {
     unsigned char *rows;      // (PLOT_HEIGHT,PLOT_ROW)
 } Plot;
 
-static void plot_line(Plot *p, double x0, double y0, double x1, double y1, double width, int color) {
+static void plot_line(Plot *p, double x0, double y0, double x1, double y1, double width,
+                      int color) {
     double dx = x1 - x0, dy = y1 - y0, length2 = dx * dx + dy * dy, reach = width / 2 + 0.5;
     int left = (int)fmax(0, fmin(x0, x1) - reach);
     int right = (int)fmin(PLOT_WIDTH, fmax(x0, x1) + reach + 1);

@@ -371,6 +371,13 @@ until_step() {                                   # until_step FROM TO K: TO is F
     cp -r "$1/step_0000000$3" "$2"
     ln -s "step_0000000$3" "$2/last"
 }
+# The flags in the first line of a log; what is empty or off was not said
+config_flags() {
+    head -1 "$1/log.jsonl" | grep -oE '"[a-z_0-9]+":("[^"]*"|[^",{}]+)' |
+        grep -vE ':(""|false|null)$|"(out|resume|generate)":' |
+        sed -E 's/"([a-z_0-9]+)":"?([^"]*)"?/\1 \2/' |
+        while read -r name value; do echo "--${name//_/-}=${value/true/1}"; done
+}
 test_resume() {
     head -c 2000 a.txt >r1.txt; head -c 4000 a.txt | tail -c 2000 >r2.txt; tail -c 2000 a.txt >r3.txt
     local n
@@ -442,6 +449,33 @@ RUNS
     expect 0 '' $small --steps 4 --out inited --init base/last --save-every 2
     expect 0 '' $small --steps 6 --out inited --init base/last --resume
     check '--resume wins over --init' grep -q '"step":5' inited/log.jsonl
+    # what is not part of the training does not change it
+    expect 0 '' $small --steps 4 --out plainly
+    expect 0 '' $small --steps 4 --out watched --eval-every 1 --sample-every 2 --save-every 1 --plot 1
+    check 'watching does not change a run' same_model plainly watched
+    for k in 2 3; do
+        expect 0 '' $small --steps 4 --out threads$k --threads $k
+        check "$k threads, the same bits" same_run plainly threads$k
+    done
+    expect 0 '' $small --steps 4 --out tokenizer --tokenizer plainly/last/tokenizer.json
+    check 'our tokenizer.json is what bytes are' same_model plainly tokenizer
+    # a minimum of 0 is not "no minimum"
+    expect 0 '' $small --steps 8 --save-every 1 --keep 0 --min-lr 0 --out zero
+    until_step zero part 4
+    expect 0 '' --resume --out part
+    check '--min-lr 0 is remembered' same_run zero part
+    # the first line of the log repeats the run
+    flags=$(config_flags plainly)
+    expect 0 '' $flags --out repeated
+    check 'the config in the log repeats the run' same_run plainly repeated
+    # stopped again and again
+    flags="$small --val-frac 0 --accum 2 --carry --steps 600 --save-every 100"
+    expect 0 '' $flags --out once
+    for n in $(seq 200); do
+        timeout 0.0$((RANDOM % 60 + 30)) "$program" $flags --out often --resume >stdout 2>stderr && break
+    done
+    check 'many stops, the same bits' same_run once often
+
     # a torn log
     until_step r-plain part 4
     printf '{"step":9,"lo' >>part/log.jsonl
