@@ -30,15 +30,15 @@ train_mamba2_double: $(SOURCES)
 	$(C11) -DREAL=double train_mamba2.c -o $@ $(LIBS)
 
 # ---- tests -----------------------------------------------------------------------------------------
-build/test_float: test_mamba2.c $(SOURCES)
+build/test_float: test_mamba2.c $(wildcard dev/test/*.h) $(SOURCES)
 	@mkdir -p build
 	$(C11) test_mamba2.c -o $@ $(LIBS)
-build/test_double: test_mamba2.c $(SOURCES)
+build/test_double: test_mamba2.c $(wildcard dev/test/*.h) $(SOURCES)
 	@mkdir -p build
 	$(C11) -DREAL=double test_mamba2.c -o $@ $(LIBS)
 
 test: train_mamba2 train_mamba2_double build/test_float build/test_double
-	@dev/test/run.sh build/test_double build/test_float \
+	@OMP_WAIT_POLICY=passive dev/test/run.sh build/test_double build/test_float \
 	    "dev/test/cli.sh ./train_mamba2 ./train_mamba2_double"
 
 test-compilers: $(SOURCES)

@@ -913,8 +913,8 @@ static void ssd_states_backward(const Dims *d, real *g_states, real *g_initial, 
 }
 
 // g_a (len) of one chunk and head from its four kinds of paths. path (len,len, pitch Q) is
-// destroyed: row l becomes the sum of the rows from l on, so that no difference is taken and nothing
-// cancels.
+// destroyed: row l becomes the sum of the rows from l on, so that no difference is taken and
+// nothing cancels.
 static void ssd_g_a(real *g_a, real *path, const real *rho, const real *pi, real kappa, size_t len,
                     size_t Q) {
     real before = 0, after = 0;
@@ -1497,8 +1497,7 @@ static char **match_files(const char *patterns, size_t *count, const char *flag)
         glob_t g;
         if (!exists(pattern)) {
             CHECK(!glob(pattern, 0, NULL, &g), "%s: no file matches '%s'; give text, or shards in "
-                  "the "
-                  "format of llm.c", flag, pattern);
+                  "the format of llm.c", flag, pattern);
             found = g.gl_pathv, matches = g.gl_pathc;
         }
         paths = (char **)realloc(paths, (*count + matches)*sizeof(char *));
@@ -1531,14 +1530,12 @@ static int shard_header(const char *path, size_t *tokens) {
                 : header[0] == 20240801 && header[1] == 7 ? 7 : 0;
     CHECK(got == sizeof header && version, "%s: no header of an llm.c shard (expected the numbers "
           "20240520 and 1, or 20240801 and 7; found %d and %d); a headerless file of nanoGPT must "
-          "be "
-          "converted: dev/data/README.md", path, header[0], header[1]);
+          "be converted: dev/data/README.md", path, header[0], header[1]);
     CHECK(header[2] >= 0, "%s: its header says %d tokens", path, header[2]);
     *tokens = (size_t)header[2];
     size_t expected = sizeof header + *tokens*(version == 7 ? 4 : 2);
     CHECK(packed || (size_t)st.st_size == expected, "%s: %zu bytes, expected %zu for the %zu "
-          "tokens of "
-          "its header", path, (size_t)st.st_size, expected, *tokens);
+          "tokens of its header", path, (size_t)st.st_size, expected, *tokens);
     return version;
 }
 
@@ -1587,8 +1584,7 @@ static void loader_open(Loader *d, const char *patterns, const char *flag,
     char **paths = match_files(patterns, &d->files, flag);
     for (size_t i = 0; i < d->files; i++) shards += (size_t)is_shard_name(paths[i]);
     CHECK(!shards || shards == d->files, "%s: some of the files are shards (.bin), others, as %s, "
-          "are "
-          "text; give one kind", flag, paths[is_shard_name(paths[0]) ? d->files - 1 : 0]);
+          "are text; give one kind", flag, paths[is_shard_name(paths[0]) ? d->files - 1 : 0]);
     d->shards = (Shard *)alloc(d->files, sizeof(Shard));
     d->count = shards ? d->files : 1;
     d->tokenizer = tokenizer;
@@ -1657,13 +1653,12 @@ static int loader_start(Loader *d, size_t vocab, size_t R, size_t T, int require
         size_t k = loader_batches(d, d->shards[i].tokens);
         if (!k && (d->count > 1 || !required))
             fprintf(stderr, "warning: %s is not used: its %zu tokens do not make a micro-batch of "
-                    "%zu "
-                    "rows of %zu\n", d->shards[i].path, d->shards[i].tokens, R, T);
+                    "%zu rows of %zu\n", d->shards[i].path, d->shards[i].tokens, R, T);
         batches += k;
     }
     CHECK(batches || !required, "%s: %zu tokens, expected at least %zu for a micro-batch of %zu "
-          "rows of "
-          "%zu tokens; give more data, or a smaller --batch or --seq-len", d->shards[0].path,
+          "rows of %zu tokens; give more data, or a smaller --batch or --seq-len",
+          d->shards[0].path,
           d->shards[0].tokens, n*(d->carry ? d->accum : 1) + 1, R, T);
     return batches > 0;
 }
@@ -1849,8 +1844,7 @@ static void save_checkpoint(const Model *m, const Progress *p, const Loader *dat
     CHECK(statvfs(out, &disk) == 0, "%s: %s", out, strerror(errno));
     double room = (double)disk.f_bavail*(double)disk.f_frsize;
     CHECK(room > need, "%s: %.1f MB are free on its disk, a checkpoint takes %.1f MB; make room, "
-          "then "
-          "go on with --resume", out, room/1e6, need/1e6);
+          "then go on with --resume", out, room/1e6, need/1e6);
     remove_tree(aside);
     CHECK(mkdir(aside, 0777) == 0, "%s: %s", aside, strerror(errno));
     Text t = { NULL, 0, 0 }, sums = { NULL, 0, 0 };
@@ -1939,34 +1933,37 @@ static void prune_checkpoints(Int step) {
     free(steps);
 }
 
+// The crc32 of a file's bytes
+static uint32_t file_crc(const Bytes *b) {
+    uLong crc = crc32(0, NULL, 0);
+    for (size_t at = 0; at < b->size; at += 1 << 30)
+        crc = crc32(crc, (const Bytef *)b->data + at,
+                    (uInt)(b->size - at < 1 << 30 ? b->size - at : 1 << 30));
+    return (uint32_t)crc;
+}
+
 // What is wrong with a checkpoint's files, or NULL
 static const char *checkpoint_fault(const char *dir) {
-    const char *path = str("%s/checksums.txt", dir);
+    const char *path = str("%s/checksums.txt", dir), *fault = NULL;
+    unsigned crc;
+    size_t size;
+    char name[64];
     if (!exists(path)) return "checksums.txt is missing";
     Bytes sums = read_file(path);
-    const char *fault = "checksums.txt is damaged";
-    for (char *line = sums.data, *end; (end = strchr(line, '\n')); line = end + 1) {
-        unsigned crc;
-        size_t size;
-        char name[64];
-        if (sscanf(line, "%8x %zu %63s", &crc, &size, name) != 3) break;
-        if (!strcmp(name, "checksums")) {
-            size_t before = (size_t)(line - sums.data);
-            int good = size == before && crc == crc32(0, (const Bytef *)sums.data, (uInt)before)
-                       && end + 1 == sums.data + sums.size;
-            fault = good ? NULL : fault;
-            break;
-        }
+    char *own = strstr(sums.data, " checksums\n");           // first its own line, the last
+    while (own && own > sums.data && own[-1] != '\n') own--;
+    Bytes before = { sums.data, own ? (size_t)(own - sums.data) : 0 };
+    if (!own || sscanf(own, "%8x %zu %63s", &crc, &size, name) != 3 || size != before.size
+        || crc != file_crc(&before) || strchr(own, '\n') + 1 != sums.data + sums.size)
+        fault = "checksums.txt is damaged";
+    for (char *line = sums.data; !fault && line < own; line = strchr(line, '\n') + 1) {
+        int fields = sscanf(line, "%8x %zu %63s", &crc, &size, name);
         const char *file = str("%s/%s", dir, name);
-        if (!exists(file)) { fault = str("%s is missing", name); break; }
+        if (fields != 3 || !exists(file)) fault = str("%s is missing", name);
+        if (fault) break;
         Bytes b = map_file(file);
-        uint32_t found = 0;
-        for (size_t at = 0; at < b.size; at += 1 << 30)
-            found = (uint32_t)crc32(found, (const Bytef *)b.data + at,
-                                    (uInt)(b.size - at < 1 << 30 ? b.size - at : 1 << 30));
-        int good = b.size == size && found == crc;
+        if (b.size != size || file_crc(&b) != crc) fault = str("%s is damaged", name);
         if (b.size) munmap(b.data, b.size);
-        if (!good) { fault = str("%s is damaged", name); break; }
     }
     free(sums.data);
     return fault;
@@ -1985,8 +1982,7 @@ static char *find_checkpoint(void) {
     }
     free(steps);
     CHECK(!count, "--resume: all %zu checkpoints in %s are damaged; start again in another --out, "
-          "or "
-          "with --init from one whose model.safetensors is whole", count, flags.out);
+          "or with --init from one whose model.safetensors is whole", count, flags.out);
     return NULL;
 }
 
@@ -2023,9 +2019,8 @@ static void restore_flags(const char *dir, const Json *state) {
         if (!given[i]) {
             if (i != FLAG_min_lr || !given[FLAG_lr]) flag_set(i, strdup(then));
         } else if (strcmp(then, now_)) {
-            CHECK(!flag_is_fixed(i), "--resume: %s was trained with %s %s, now it is %s; a run "
-                  "can only "
-                  "go on as it was", dir, flag_name(i), then, now_);
+            CHECK(!flag_is_fixed(i), "--resume: %s was trained with %s %s, now it is %s; a run can "
+                  "only go on as it was", dir, flag_name(i), then, now_);
             printf("notice: %s is %s, it was %s\n", flag_name(i), now_, then);
         }
         free(then), free(now_);
@@ -2046,8 +2041,7 @@ static void restore_checkpoint(const char *dir, const Json *state, Model *m, Pro
     Tensors list = { NULL, 0, 0 };
     CHECK((uint32_t)json_size(json_get(data, "fingerprint"), path, "fingerprint")
           == loader_fingerprint(d), "--resume: the files of --data %s are not those that %s was "
-          "trained "
-          "on; a run can only go on as it was", flags.data, dir);
+          "trained on; a run can only go on as it was", flags.data, dir);
     read_weights(dir, m);
     tensors_add_params(&list, m, &m->m, "exp_avg.");
     tensors_add_params(&list, m, &m->v, "exp_avg_sq.");
@@ -2325,11 +2319,11 @@ static void finish_dims(Dims *d, const char *dir, size_t R, size_t T) {
     }
     const char *limit = str("%.17g,%.17g", d->dt_lo, d->dt_hi);
     CHECK(!dir || !given[FLAG_dt_limit] || !strcmp(flags.dt_limit, limit), "--dt-limit %s: the "
-          "model in "
-          "%s has %s", flags.dt_limit, dir, limit);
+          "model in %s has %s", flags.dt_limit, dir, limit);
     flags.dt_limit = strdup(limit);
     d->H = d->E/d->P, d->S = d->E + 2*d->G*d->N, d->Z = d->S + d->E + d->H;
-    CHECK(d->H % d->G == 0, "%s: n_groups %zu does not divide the %zu heads", dir, d->G, d->H);
+    CHECK(d->H % d->G == 0, "%s: n_groups %zu does not divide the %zu heads", dir ? dir
+          : "--ngroups", d->G, d->H);
     d->Q = flags.chunk_size ? (size_t)flags.chunk_size : (size_t)BEST_CHUNK;
     d->kept = flags.recompute ? 1 : d->L;
     d->lanes = flags.carry ? mul(R, (size_t)flags.accum) : 0;
@@ -2399,7 +2393,7 @@ static void print_summary(const Run *run) {
 static void run_open(Run *run, const char *dir, const Json *state, int training) {
     Loader *t = &run->train, *v = &run->val;
     if (state) restore_flags(dir, state);
-    if (!given[FLAG_min_lr] && !flags.min_lr) flags.min_lr = flags.lr/10;
+    if (!given[FLAG_min_lr] && (!state || given[FLAG_lr])) flags.min_lr = flags.lr/10;
     run->device->start();
     run->tok = choose_tokenizer(dir);
     loader_open(t, flags.data, "--data", run->tok);
@@ -2414,6 +2408,7 @@ static void run_open(Run *run, const char *dir, const Json *state, int training)
     t->carry = (int)flags.carry, t->seed = (uint64_t)flags.seed, t->accum = (size_t)flags.accum;
     loader_start(t, dir ? d.V : d.vocab, d.R, d.T, 1);
     run->has_val = v->files && loader_start(v, dir ? d.V : d.vocab, d.R, d.T, *flags.val_data != 0);
+    CHECK(flags.eot < (Int)d.V, "--eot %" PRId64 ": the vocabulary has %zu rows", flags.eot, d.V);
     if (dir && t->tokenizer && (size_t)run->tok->vocab < d.V) d.vocab = (size_t)run->tok->vocab;
     run->p.best = INFINITY;
     run->m.d = d;
@@ -2454,8 +2449,7 @@ static double evaluate(Run *run, Loader *d, Int most, double *bits_per_byte) {
 static const char *trained_model(void) {
     const char *last = strdup(str("%s/last", flags.out));
     CHECK(*flags.init || exists(last), "%s: no trained model; train first, or give a model "
-          "directory to "
-          "--init", last);
+          "directory to --init", last);
     return *flags.init ? flags.init : last;
 }
 
@@ -2535,14 +2529,12 @@ static void check_finite(const Model *m, const char *what, double value, const P
         for (size_t i = 0; i < m->specs[k].count; i++) {
             double x = (double)((real *const *)p)[k][i];
             CHECK(isfinite(x), "%s is %g: %s has %g at element %zu; nothing was saved since the "
-                  "last "
-                  "checkpoint; try a smaller --lr, or look at the data", what, value,
+                  "last checkpoint; try a smaller --lr, or look at the data", what, value,
                   m->specs[k].name,
                   x, i);
         }
     die("%s is %g though all weights are finite; nothing was saved since the last checkpoint; try "
-        "a "
-        "smaller --lr, or look at the data", what, value);
+        "a smaller --lr, or look at the data", what, value);
 }
 
 static void log_step(Run *run, double loss, double norm, double lr, double seconds, int skipped) {
@@ -2562,9 +2554,9 @@ static void log_step(Run *run, double loss, double norm, double lr, double secon
         && p->step != run->first_step + 1) return;
     double left = (now() - run->started)/(double)(p->step - run->first_step)
                 * (double)(flags.steps - p->step);
-    printf("step %*" PRId64 "/%" PRId64 " %5.1f%% | loss %.4f | norm %.3f | lr %.2e | %s tok/s%s "
-           "| ETA %s"
-           "%s\n", width, p->step, flags.steps, 100.0*(double)p->step/(double)flags.steps, loss,
+    printf("step %*" PRId64 "/%" PRId64 " %5.1f%% | loss %.4f | norm %.3f | lr %.2e | %s tok/s%s | "
+           "ETA %s%s\n", width, p->step, flags.steps, 100.0*(double)p->step/(double)flags.steps,
+           loss,
            norm, lr,
            human(tokens/seconds), run->peak > 0 ? str(" | %.0f%% of peak", 100*use) : "",
            duration(left), skipped ? " | skipped" : "");
@@ -2680,8 +2672,7 @@ static int verb_train(Run *run) {
     size_t count;
     free(list_checkpoints(flags.out, &count));
     CHECK(!count || flags.resume, "--out %s holds %zu checkpoints; go on with --resume, or choose "
-          "another "
-          "directory", flags.out, count);
+          "another directory", flags.out, count);
     int existed = exists(flags.out);
     if (existed) lock_out();
     char *dir = find_checkpoint();
@@ -2703,8 +2694,8 @@ static int verb_generate(Run *run) {
     weights_open(run, 1, 1);
     const Dims *d = &run->m.d;
     CHECK(d->V <= 272 || *flags.tokenizer || exists(str("%s/tokenizer.json", trained_model())),
-          "%s has %zu tokens and no tokenizer.json; give one to "
-          "--tokenizer", trained_model(), d->V);
+          "%s has %zu tokens and no tokenizer.json; give one to --tokenizer", trained_model(),
+          d->V);
     int *prompt = prompt_tokens(run->tok, &count);
     for (size_t i = 0; i < count; i++)
         CHECK((size_t)prompt[i] < d->V, "--prompt: token %d is outside the vocabulary of %zu",
@@ -2750,11 +2741,12 @@ static int run_main(int argc, char **argv, const Backend *device) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     signal(SIGPIPE, SIG_IGN);
     flags_parse(argc, argv);
-    if (flags.help) return print_help(), 0;
-    if (flags.version) return printf("train_mamba2 %s, %zu-bit floats\n", VERSION, 8*sizeof(real)),
-    0;
+    if (flags.help) print_help();
+    if (flags.version) printf("train_mamba2 %s, %zu-bit floats\n", VERSION, 8*sizeof(real));
+    if (flags.help || flags.version) return fflush(stdout) || ferror(stdout) ? 1 : 0;
     flags_check();
     if (given[FLAG_threads]) omp_set_num_threads((int)flags.threads);
+    flags.threads = omp_get_max_threads();
     if (!given[FLAG_generate] && !given[FLAG_eval] && !given[FLAG_dump] && !flags.compare
         && !flags.dry_run) return verb_train(&run);
     int status = given[FLAG_generate] ? verb_generate(&run) : given[FLAG_eval] ? verb_eval(&run)

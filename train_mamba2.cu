@@ -1,11 +1,12 @@
 // Mamba-2 on one NVIDIA GPU: the program of train_mamba2.c, with every op as CUDA kernels.
 //
 // Read train_mamba2.c first. It is included here twice, as namespace cpu (float) and as namespace
-// cpu64 (double, the judge), and gives everything that is not arithmetic on the device: flags, tokens,
-// checkpoints, log, main. What this file adds is, op by op in the same order, the kernels and a
-// launcher with the C function's name and arguments. The letters of the sizes are those of the C file.
+// cpu64 (double, the judge), and gives everything that is not arithmetic on the device: flags,
+// tokens, checkpoints, log, main. What this file adds is, op by op in the same order, the kernels
+// and a launcher with the C function's name and arguments. The letters of the sizes are those of
+// the C file.
 //
-//   floatX     type of activations and of the operands of matrix products: bf16, or float to compare
+//   floatX     type of activations and of operands of matrix products: bf16, or float to compare
 //   float      everything that adds up: accumulators, residual stream, dt and its cumulative sums,
 //              decays, running states, gradients of parameters, master weights, moments
 //   no atomics every sum has one fixed order, so two runs give the same bits
@@ -68,7 +69,7 @@ namespace cpu64 {
 using cpu::die;
 typedef __nv_bfloat16 bf16;
 
-// The sizes, as in the C file. A type of its own: a call with a cpu::Dims would find the CPU's ops too.
+// The sizes, as in the C file. A type of its own: calls with cpu::Dims would find the CPU's ops.
 struct Dims {
     size_t R, T, n, M, E, H, P, N, G, Q, W, S, Z, F, L, V, chunks, slab;
     float dt_lo, dt_hi, eps;
@@ -122,7 +123,8 @@ static float *workspace(size_t floats) {
 template<typename X>
 static void download(float *to, const X *from, size_t rows, size_t columns, size_t pitch) {
     X *staged = (X *)malloc(rows * pitch * sizeof(X) + 1);
-    CHECK(staged, "out of memory: %zu bytes to copy a tensor from the GPU", rows * pitch * sizeof(X));
+    CHECK(staged, "out of memory: %zu bytes to copy a tensor from the GPU",
+          rows * pitch * sizeof(X));
     CUDA(cudaStreamSynchronize(stream));
     CUDA(cudaMemcpy(staged, from, rows * pitch * sizeof(X), cudaMemcpyDeviceToHost));
     for (size_t i = 0; i < rows * columns; i++) {
@@ -191,7 +193,7 @@ inline void ldmatrix_trans(uint32_t r[4], const bf16 *row) { emu::ldmatrix(4, tr
 inline float exp2_fast(float x) { return exp2f(x); }
 #endif
 
-__device__ inline float quad_sum(float v) {        // over the 4 lanes that share a row of a fragment
+__device__ inline float quad_sum(float v) {       // over the 4 lanes that share a row of a fragment
     v += __shfl_xor_sync(~0u, v, 1);
     return v + __shfl_xor_sync(~0u, v, 2);
 }
@@ -220,11 +222,11 @@ template<typename floatX> __device__ inline float sigmoid(float x) {
     return sizeof(floatX) == sizeof(float) ? 1.0f / e : __fdividef(1.0f, e);
 }
 
-// ---- rows: 8 neighbouring columns a thread -------------------------------------------------------
-// Kernels that go over rows give each thread K vectors of 8 columns, a block's width apart; what lies
-// past the last column reads as zeros. K is a template argument, so that all stays in registers, and so
-// is WIDE: columns and pitches are multiples of 8, and a vector is one or two instructions without a
-// branch, so that many loads are on their way at once.
+// ---- rows: 8 neighbouring columns a thread ------------------------------------------------------
+// Kernels that go over rows give each thread K vectors of 8 columns, a block's width apart; what
+// lies past the last column reads as zeros. K is a template argument, so that all stays in
+// registers, and so is WIDE: columns and pitches are multiples of 8, and a vector is one or two
+// instructions without a branch, so that many loads are on their way at once.
 template<int COUNT> struct VecOf {
     float v[COUNT];
 };
@@ -236,7 +238,8 @@ template<> struct WordOf<16> { typedef uint4 type; };
 
 template<bool WIDE, int COUNT = 8, typename X>
 __device__ inline VecOf<COUNT> load(const X *from, size_t column, size_t columns) {
-    constexpr int BYTES = COUNT * sizeof(X) < 16 ? COUNT * sizeof(X) : 16, PIECE = BYTES / sizeof(X);
+    constexpr int BYTES = COUNT * sizeof(X) < 16 ? COUNT * sizeof(X) : 16,
+                  PIECE = BYTES / sizeof(X);
     typedef typename WordOf<BYTES>::type Word;
     VecOf<COUNT> x = {};
     if (WIDE) {
@@ -259,7 +262,8 @@ __device__ inline VecOf<COUNT> load(const X *from, size_t column, size_t columns
 
 template<bool WIDE, int COUNT, typename X>
 __device__ inline void store(X *to, size_t column, size_t columns, const VecOf<COUNT> &x) {
-    constexpr int BYTES = COUNT * sizeof(X) < 16 ? COUNT * sizeof(X) : 16, PIECE = BYTES / sizeof(X);
+    constexpr int BYTES = COUNT * sizeof(X) < 16 ? COUNT * sizeof(X) : 16,
+                  PIECE = BYTES / sizeof(X);
     typedef typename WordOf<BYTES>::type Word;
     if (WIDE) {
         X element[COUNT];
@@ -332,9 +336,9 @@ static void add_parts(float *to, const float *parts, size_t count, size_t column
     LAUNCHED();
 }
 
-// ---- tile product: four warps multiply 64x64 tiles -----------------------------------------------
+// ---- tile product: four warps multiply 64x64 tiles ----------------------------------------------
 // Warp w has rows 16 w .. 16 w + 15 of the result, in the fragments of mma.m16n8k16: acc[j][r] of a
-// lane is at row acc_row(r) and column acc_col(j, r). float uses the same layout without tensor cores.
+// lane is at row acc_row(r) and column acc_col(j, r). float has the same layout, without mma.
 constexpr int TILE = 64, DEPTH = 32;
 
 template<typename floatX>
@@ -381,8 +385,8 @@ __device__ inline void warp_product(float acc[8][4], const Tiles<float> &s) {
     }
 }
 
-// acc += sum over first <= k < last of a(row, k) b(k, column). a and b give elements as float, rounded
-// to floatX here; ALONG_K: neighbours in memory are neighbours in k, so that loads coalesce.
+// acc += sum over first <= k < last of a(row, k) b(k, column). a and b give elements as float,
+// rounded to floatX here; ALONG_K: neighbours in memory are neighbours in k.
 enum Order { ALONG_K, ACROSS_K };
 template<Order ORDER_A, Order ORDER_B, typename floatX, class A, class B>
 __device__ inline void multiply(float acc[8][4], Tiles<floatX> &s, int first, int last, A a, B b) {
@@ -440,10 +444,10 @@ static void embed_forward(const Dims *d, float *resid, const int *ids, const flo
     LAUNCHED();
 }
 
-// For the backward, the host sorts the rows of a batch by their id, and cuts the rows of each id into
-// segments of at most 64, since one id may have a tenth of them. Everything is an int in one buffer:
-// count of ids, count of segments, then order (n), of segments: start (n + 1), of ids: id, first
-// segment (n + 1 each).
+// For the backward, the host sorts the rows of a batch by their id, and cuts the rows of each id
+// into segments of at most 64, since one id may have a tenth of them. Everything is an int in one
+// buffer: count of ids, count of segments, then order (n), of segments: start (n + 1), of ids: id,
+// first segment (n + 1 each).
 constexpr int SEGMENT = 64;
 struct EmbedPlan {
     int *order, *start, *id, *first, ids, segments;
@@ -495,7 +499,8 @@ embed_segments_kernel(float *parts, const float *g_resid, const int *plan, Embed
     parts[segment * M + c] = sum;
 }
 __global__ void __launch_bounds__(128)
-embed_backward_kernel(float *g_embedding, const float *parts, const int *plan, EmbedPlan p, size_t M) {
+embed_backward_kernel(float *g_embedding, const float *parts, const int *plan, EmbedPlan p,
+                      size_t M) {
     size_t which = blockIdx.x, c = blockIdx.y * (size_t)128 + threadIdx.x;
     if (which >= plan[0] || c >= M) return;
     float sum = 0.0f;
@@ -521,7 +526,8 @@ static void embed_backward(const Dims *d, float *g_embedding, const float *g_res
 // backward, of v = w g_u:  g_resid += rstd (v - x^ mean(x^ v));  g_w += sum over rows of x^ g_u
 template<int K, bool WIDE, typename floatX>
 __global__ void __launch_bounds__(512)
-rmsnorm_forward_kernel(floatX *u, float *rstd, const float *resid, const float *w, size_t M, float eps) {
+rmsnorm_forward_kernel(floatX *u, float *rstd, const float *resid, const float *w, size_t M,
+                       float eps) {
     __shared__ float part[32];
     size_t row = blockIdx.x;
     Vec x[K];
@@ -544,7 +550,8 @@ rmsnorm_forward_kernel(floatX *u, float *rstd, const float *resid, const float *
     }
 }
 template<typename floatX>
-static void rmsnorm_forward(const Dims *d, floatX *u, float *rstd, const float *resid, const float *w) {
+static void rmsnorm_forward(const Dims *d, floatX *u, float *rstd, const float *resid,
+                            const float *w) {
     by_columns(d->M, d->M % 8 == 0, [&](auto K, auto WIDE, unsigned threads) {
         rmsnorm_forward_kernel<K(), WIDE(), floatX><<<(unsigned)d->n, threads, 0, stream>>>(
             u, rstd, resid, w, d->M, d->eps);
@@ -607,16 +614,16 @@ static void rmsnorm_backward(const Dims *d, float *g_resid, float *g_w, const fl
 
 // == linear =======================================================================================
 // out = in weight^T;  g_in = g_out weight;  g_weight = g_out^T in
-// cuBLASLt takes the first algorithm that its heuristic names for a shape and keeps it: an algorithm
-// chosen by timing would change the bits from run to run.
+// cuBLASLt takes the first algorithm that its heuristic names for a shape and keeps it: an
+// algorithm chosen by timing would change the bits from run to run.
 constexpr size_t CUBLAS_WORKSPACE = 32 << 20;
 
 template<typename X> constexpr cudaDataType_t data_type() {
     return sizeof(X) == 4 ? CUDA_R_32F : CUDA_R_16BF;
 }
 
-// One product: out (m,n) row by row, out = beta out + a b, where a is (m,k) or, a_trans, stored (k,m),
-// b is (k,n) or, b_trans, stored (n,k); pitches are of the stored rows.
+// One product: out (m,n) row by row, out = beta out + a b, where a is (m,k) or, a_trans, stored
+// (k,m), b is (k,n) or, b_trans, stored (n,k); pitches are of the stored rows.
 struct Product {
     size_t m, n, k, pitch_a, pitch_b, pitch_out;
     int a_trans, b_trans;
@@ -631,7 +638,8 @@ struct ProductPlan {
 
 static cublasLtHandle_t cublas;
 
-static cublasLtMatrixLayout_t layout(cudaDataType_t type, size_t rows, size_t columns, size_t pitch) {
+static cublasLtMatrixLayout_t layout(cudaDataType_t type, size_t rows, size_t columns,
+                                     size_t pitch) {
     cublasLtMatrixLayout_t layout;                         // cuBLAS counts by columns: transposed
     CUBLAS(cublasLtMatrixLayoutCreate(&layout, type, columns, rows, (int64_t)pitch));
     return layout;
@@ -642,7 +650,8 @@ static ProductPlan plan_product(const Product &p) {
     plan.product = p;
     cublasComputeType_t compute =
         p.in == CUDA_R_32F ? CUBLAS_COMPUTE_32F_PEDANTIC : CUBLAS_COMPUTE_32F;
-    cublasOperation_t a = p.a_trans ? CUBLAS_OP_T : CUBLAS_OP_N, b = p.b_trans ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasOperation_t a = p.a_trans ? CUBLAS_OP_T : CUBLAS_OP_N,
+                      b = p.b_trans ? CUBLAS_OP_T : CUBLAS_OP_N;
     CUBLAS(cublasLtMatmulDescCreate(&plan.desc, compute, CUDA_R_32F));
     CUBLAS(cublasLtMatmulDescSetAttribute(plan.desc, CUBLASLT_MATMUL_DESC_TRANSA, &b, sizeof b));
     CUBLAS(cublasLtMatmulDescSetAttribute(plan.desc, CUBLASLT_MATMUL_DESC_TRANSB, &a, sizeof a));
@@ -658,28 +667,31 @@ static ProductPlan plan_product(const Product &p) {
     CUBLAS(cublasLtMatmulPreferenceSetAttribute(
         wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction, sizeof reduction));
     int found = 0;
-    CUBLAS(cublasLtMatmulAlgoGetHeuristic(cublas, plan.desc, plan.b, plan.a, plan.out, plan.out, wish,
-                                          1, &plan.result, &found));
+    CUBLAS(cublasLtMatmulAlgoGetHeuristic(cublas, plan.desc, plan.b, plan.a, plan.out, plan.out,
+                                          wish, 1, &plan.result, &found));
     CHECK(found, "cuBLAS has no algorithm for a product of %zu x %zu x %zu", p.m, p.n, p.k);
     CUBLAS(cublasLtMatmulPreferenceDestroy(wish));
     return plan;
 }
 
-// Shapes whose rows do not begin on 16 bytes (d_model 20, say) are not for cuBLAS. A 64x64 tile a block.
+// Shapes whose rows do not begin on 16 bytes (d_model 20, say) are not for cuBLAS.
 template<int A_TRANS, int B_TRANS, typename In, typename Out>
 __global__ void __launch_bounds__(128, 3)
 gemm_kernel(Out *out, const In *a, const In *b, const Out *from, int add, Product p) {
     __shared__ Tiles<In> tiles;
     size_t i0 = blockIdx.x * (size_t)TILE, j0 = blockIdx.y * (size_t)TILE;
     float acc[8][4] = {};
-    multiply<A_TRANS ? ACROSS_K : ALONG_K, B_TRANS ? ALONG_K : ACROSS_K>(acc, tiles, 0, p.k,
+    multiply<A_TRANS ? ACROSS_K : ALONG_K, B_TRANS ? ALONG_K : ACROSS_K>(
+        acc, tiles, 0, p.k,
         [&](size_t i, size_t k) {
-            return i0 + i < p.m ? (float)a[A_TRANS ? k * p.pitch_a + i0 + i : (i0 + i) * p.pitch_a + k]
-                                : 0.0f;
+            return i0 + i < p.m
+                       ? (float)a[A_TRANS ? k * p.pitch_a + i0 + i : (i0 + i) * p.pitch_a + k]
+                       : 0.0f;
         },
         [&](size_t k, size_t j) {
-            return j0 + j < p.n ? (float)b[B_TRANS ? (j0 + j) * p.pitch_b + k : k * p.pitch_b + j0 + j]
-                                : 0.0f;
+            return j0 + j < p.n
+                       ? (float)b[B_TRANS ? (j0 + j) * p.pitch_b + k : k * p.pitch_b + j0 + j]
+                       : 0.0f;
         });
     each(acc, [&](float v, int i, int j) {
         if (i0 + i >= p.m || j0 + j >= p.n) return;
@@ -689,10 +701,12 @@ gemm_kernel(Out *out, const In *a, const In *b, const Out *from, int add, Produc
 }
 
 template<typename In, typename Out>
-static void gemm_any_shape(Out *out, const In *a, const In *b, const Out *from, int add, Product p) {
+static void gemm_any_shape(Out *out, const In *a, const In *b, const Out *from, int add,
+                           Product p) {
     dim3 grid(pieces(p.m, TILE), pieces(p.n, TILE));
     if (p.a_trans) gemm_kernel<1, 0, In, Out><<<grid, 128, 0, stream>>>(out, a, b, from, add, p);
-    else if (p.b_trans) gemm_kernel<0, 1, In, Out><<<grid, 128, 0, stream>>>(out, a, b, from, add, p);
+    else if (p.b_trans)
+        gemm_kernel<0, 1, In, Out><<<grid, 128, 0, stream>>>(out, a, b, from, add, p);
     else gemm_kernel<0, 0, In, Out><<<grid, 128, 0, stream>>>(out, a, b, from, add, p);
     LAUNCHED();
 }
@@ -740,11 +754,11 @@ static void linear_backward(floatX *g_in, float *g_weight, const floatX *g_out, 
 }
 
 // == conv1d =======================================================================================
-// xBC_t = silu(pre_t), pre_t = b + sum over k of w_k in_{t-(W-1)+k}, in: the columns x | B | C of zxBCdt
+// xBC_t = silu(pre_t), pre_t = b + sum over k of w_k in_{t-(W-1)+k}; in: x | B | C of zxBCdt
 // backward: g_pre = g_xBC silu'(pre);  g_in_t = sum over k of w_k g_pre_{t+(W-1)-k};
 //           g_w_k += sum over t of g_pre_t in_{t-(W-1)+k};  g_b += sum of g_pre
-// A thread walks CONV_ROWS steps of CHANNELS channels with the last TAPS inputs in registers. TAPS is W,
-// or more: missing taps are the oldest, with weight 0.
+// A thread walks CONV_ROWS steps of CHANNELS channels with the last TAPS inputs in registers. TAPS
+// is W, or more: missing taps are the oldest, with weight 0.
 constexpr int CONV_ROWS = 32;
 
 template<int TAPS, bool WIDE, int CHANNELS, typename floatX>
@@ -913,7 +927,7 @@ conv1d_backward_kernel(floatX *g_zxBCdt, float *parts, const floatX *g_xBC, cons
         }
     }
     parts += (r * gridDim.x + blockIdx.x) * d.S * (d.W + 1);
-    size_t mine = blockIdx.y * 128 + threadIdx.x;          // the channel whose sums this thread adds up
+    size_t mine = blockIdx.y * 128 + threadIdx.x;      // the channel whose sums this thread adds up
     UNROLL for (int k = 0; k <= TAPS; k++) {
         __syncthreads();
         UNROLL for (int i = 0; i < 4; i++) {
@@ -933,8 +947,8 @@ conv1d_backward_kernel(floatX *g_zxBCdt, float *parts, const floatX *g_xBC, cons
 // writes its columns of g_zxBCdt; g_w, g_b +=
 template<typename floatX>
 static void conv1d_backward(const Dims *d, floatX *g_zxBCdt, float *g_w, float *g_b,
-                            const floatX *g_xBC, const floatX *zxBCdt, const float *w, const float *b,
-                            const floatX *past, const int *doc) {
+                            const floatX *g_xBC, const floatX *zxBCdt, const float *w,
+                            const float *b, const floatX *past, const int *doc) {
     dim3 grid(pieces(d->T, 8 * CONV_ROWS), pieces(d->S, 128), (unsigned)d->R);
     size_t count = grid.x * d->R, weights = d->S * d->W, pitch = weights + d->S;
     float *parts = workspace(count * pitch);
@@ -962,7 +976,8 @@ dt_forward_kernel(float *dt, const floatX *zxBCdt, const float *dt_bias, Dims d)
 }
 template<typename floatX>
 static void dt_forward(const Dims *d, float *dt, const floatX *zxBCdt, const float *dt_bias) {
-    dt_forward_kernel<floatX><<<pieces(d->n * d->H, 256), 256, 0, stream>>>(dt, zxBCdt, dt_bias, *d);
+    dt_forward_kernel<floatX>
+        <<<pieces(d->n * d->H, 256), 256, 0, stream>>>(dt, zxBCdt, dt_bias, *d);
     LAUNCHED();
 }
 
@@ -978,7 +993,8 @@ dt_backward_kernel(floatX *g_zxBCdt, float *parts, const float *g_dt, const floa
     for (size_t row = blockIdx.x * span + slice; row < last; row += 8) {
         size_t at = row * d.pitch + d.E + d.S + h;
         if (h < d.H) {
-            float raw = (float)zxBCdt[at] + dt_bias[h], step = softplus(raw), g = g_dt[row * d.H + h];
+            float raw = (float)zxBCdt[at] + dt_bias[h], step = softplus(raw),
+                  g = g_dt[row * d.H + h];
             if (step < d.dt_lo || step > d.dt_hi) g = 0.0f;
             if (raw <= 20.0f) g *= sigmoid<float>(raw);
             g_zxBCdt[at] = (floatX)g;
@@ -1012,18 +1028,18 @@ static void dt_backward(const Dims *d, floatX *g_zxBCdt, float *g_dt_bias, const
 // The recurrence of a head, h = exp(dt A) h + dt B x^T, y = C h + D x, worked out chunk by chunk.
 // In a chunk of Q steps, with s <= l:
 //   cs_l     sum of dt A over the steps up to l         L_ls = exp(cs_l - cs_s)
-//   S        state (N,P) before the chunk               CB_ls = C_l . B_s, one for all heads of a group
+//   S        state (N,P) before the chunk               CB_ls = C_l . B_s, of all heads of a group
 //   y        = (CB o L) diag(dt) x + diag(exp(cs)) C S + D x
 //   S next   = exp(cs_last) S + B^T diag(dt exp(cs_last - cs)) x
 // Backward, with gS the gradient of the state after the chunk:
 //   gS before = exp(cs_last) gS + C^T diag(exp(cs)) g_y;          kappa = exp(cs_last) <S, gS>
-//   R         = (CB o L)^T g_y + diag(exp(cs_last - cs)) B gS
+//   R         = (CB o L)^T g_y + diag(exp(cs_last - cs)) B gS;    rho_s = dt_s x_s . its last term
 //   g_x       = dt R + D g_y;  g_dt (direct) = R . x;  g_D = sum of g_y o x
 //   g_CB      = sum over heads of (g_y x^T) o L diag(dt);  G = CB o (this head's part)
-//   g_C       = g_CB B + sum over heads of diag(exp(cs)) g_y S^T;  pi_l = exp(cs_l) C_l . (g_y S^T)_l
+//   g_C       = g_CB B + sum over heads of diag(exp(cs)) g_y S^T
 //   g_B       = g_CB^T C + sum over heads of diag(dt exp(cs_last - cs)) x gS^T
-//   g of dt A at t = sum over u < t of q_u + sum over l >= t of pi_l + kappa,
-//   q = column sums of G - its row sums + (what passes through the state) = dt g_dt(direct) - row sums
+//   pi_l      = exp(cs_l) C_l . (g_y S^T)_l
+//   g of dt A = sum of G_ls over s < t <= l, of rho_s over s < t, of pi_l over l >= t, and kappa
 // A change of document cuts: L_ls = 0 across it, and so do the decays to and from the states. cs is
 // kept in units of log 2, and no exponent is let above 0.
 
@@ -1093,7 +1109,8 @@ template<typename floatX>
 __global__ void __launch_bounds__(128, 3)
 ssd_CB_kernel(float *CB, const floatX *xBC, const float *cs, const float *dts, Dims d) {
     __shared__ Tiles<floatX> tiles;
-    int side = pieces(d.Q, TILE), l0 = blockIdx.x / side % side * TILE, s0 = blockIdx.x % side * TILE;
+    int side = pieces(d.Q, TILE), l0 = blockIdx.x / side % side * TILE,
+        s0 = blockIdx.x % side * TILE;
     size_t c = blockIdx.x / (side * side), g = blockIdx.y;
     if (s0 > l0) return;
     Chunk<floatX> k(d, c, g * (d.H / d.G), blockIdx.z, xBC, cs, dts, NULL);
@@ -1107,21 +1124,23 @@ ssd_CB_kernel(float *CB, const floatX *xBC, const float *cs, const float *dts, D
     });
 }
 
-// states (R,chunks,H,N,P): the state before each chunk. A block walks the chunks of a head with a tile
-// of the state in its accumulators, and leaves the last one, in float, in final.
+// states (R,chunks,H,N,P): the state before each chunk. A block walks the chunks of a head with a
+// tile of the state in its accumulators, and leaves the last one, in float, in final.
 template<typename floatX>
 __global__ void __launch_bounds__(128, 3)
-ssd_states_kernel(floatX *states, float *final, const floatX *xBC, const float *cs, const float *dts,
-                  const float *initial, const int *doc, Dims d) {
+ssd_states_kernel(floatX *states, float *final, const floatX *xBC, const float *cs,
+                  const float *dts, const float *initial, const int *doc, Dims d) {
     __shared__ Tiles<floatX> tiles;
-    int across = pieces(d.P, TILE), n0 = blockIdx.x / across * TILE, p0 = blockIdx.x % across * TILE;
+    int across = pieces(d.P, TILE), n0 = blockIdx.x / across * TILE,
+        p0 = blockIdx.x % across * TILE;
     size_t h = blockIdx.y, r = blockIdx.z;
     size_t head = (r * d.H + h) * d.N * d.P;               // in initial and final
     auto inside = [&](int n, int p) { return n0 + n < d.N && p0 + p < d.P; };
     auto at = [&](int n, int p) { return (n0 + n) * d.P + p0 + p; };
     float acc[8][4] = {};
     if (initial) {
-        each(acc, [&](float &v, int n, int p) { v = inside(n, p) ? initial[head + at(n, p)] : 0.0f; });
+        each(acc,
+             [&](float &v, int n, int p) { v = inside(n, p) ? initial[head + at(n, p)] : 0.0f; });
     }
     for (size_t c = 0; c < d.chunks; c++) {
         Chunk<floatX> k(d, c, h, r, xBC, cs, dts, doc);
@@ -1145,8 +1164,8 @@ ssd_states_kernel(floatX *states, float *final, const floatX *xBC, const float *
 // y = diag(exp(cs)) C S + (CB o L) diag(dt) x + D x, a tile of it.
 template<typename floatX>
 __global__ void __launch_bounds__(128, 3)
-ssd_scan_kernel(floatX *y, const floatX *states, const floatX *xBC, const float *CB, const float *cs,
-                const float *dts, const float *D, const int *doc, Dims d) {
+ssd_scan_kernel(floatX *y, const floatX *states, const floatX *xBC, const float *CB,
+                const float *cs, const float *dts, const float *D, const int *doc, Dims d) {
     __shared__ Tiles<floatX> tiles;
     int side = pieces(d.Q, TILE), across = pieces(d.P, TILE);
     int l0 = blockIdx.x / across % side * TILE, p0 = blockIdx.x % across * TILE;
@@ -1181,14 +1200,16 @@ ssd_g_states_kernel(floatX *g_states, float *kappa, float *g_initial, const floa
                     const float *dts, const int *doc, Dims d) {
     __shared__ Tiles<floatX> tiles;
     __shared__ float part[4];
-    int across = pieces(d.P, TILE), n0 = blockIdx.x / across * TILE, p0 = blockIdx.x % across * TILE;
+    int across = pieces(d.P, TILE), n0 = blockIdx.x / across * TILE,
+        p0 = blockIdx.x % across * TILE;
     size_t h = blockIdx.y, r = blockIdx.z;
     size_t head = (r * d.H + h) * d.N * d.P;               // in g_initial and g_final
     auto inside = [&](int n, int p) { return n0 + n < d.N && p0 + p < d.P; };
     auto at = [&](int n, int p) { return (n0 + n) * d.P + p0 + p; };
     float acc[8][4] = {};
     if (g_final) {
-        each(acc, [&](float &v, int n, int p) { v = inside(n, p) ? g_final[head + at(n, p)] : 0.0f; });
+        each(acc,
+             [&](float &v, int n, int p) { v = inside(n, p) ? g_final[head + at(n, p)] : 0.0f; });
     }
     for (size_t c = d.chunks; c-- > 0;) {
         Chunk<floatX> k(d, c, h, r, xBC, cs, dts, doc);
@@ -1225,8 +1246,8 @@ ssd_g_states_kernel(floatX *g_states, float *kappa, float *g_initial, const floa
 template<typename floatX>
 __global__ void __launch_bounds__(128, 2)
 ssd_g_x_kernel(floatX *g_xBC, float *g_dts, float *rho, float *g_D_part, const floatX *g_states,
-               const floatX *g_y, const floatX *xBC, const float *CB, const float *cs, const float *dts, const float *D,
-               const int *doc, Dims d) {
+               const floatX *g_y, const floatX *xBC, const float *CB, const float *cs,
+               const float *dts, const float *D, const int *doc, Dims d) {
     __shared__ Tiles<floatX> tiles;
     __shared__ float part[4];
     int side = pieces(d.Q, TILE), s0 = blockIdx.x % side * TILE;
@@ -1236,7 +1257,11 @@ ssd_g_x_kernel(floatX *g_xBC, float *g_dts, float *rho, float *g_D_part, const f
     const floatX *gy = g_y + k.token * d.E + h * d.P;
     floatX *gx = g_xBC + k.token * d.S + h * d.P;
     CB += (k.number * d.G + k.group) * d.Q * d.Q;
-    float skip = D[h], Rx[2] = {}, Rx_state[2] = {}, yx[2] = {};
+    float skip = D[h], Rx[2] = {}, Rx_state[2] = {}, yx = 0.0f;
+    for (size_t i = threadIdx.x; i < TILE * d.P; i += 128) {
+        size_t s = s0 + i / d.P, p = i % d.P;
+        if (s < k.rows) yx += (float)k.x[s * d.S + p] * (float)gy[s * d.E + p];
+    }
     for (int p0 = 0; p0 < d.P; p0 += TILE) {
         float acc[8][4] = {}, sum[2];
         auto inside = [&](int s, int p) { return s0 + s < k.rows && p0 + p < d.P; };
@@ -1258,11 +1283,6 @@ ssd_g_x_kernel(floatX *g_xBC, float *g_dts, float *rho, float *g_D_part, const f
         row_sums(sum, acc, times_x);
         Rx[0] += sum[0];
         Rx[1] += sum[1];
-        row_sums(sum, acc, [&](float, int s, int p) {
-            return inside(s, p) ? x(s, p) * y(s0 + s, p) : 0.0f;
-        });
-        yx[0] += sum[0];
-        yx[1] += sum[1];
         each(acc, [&](float v, int s, int p) {
             if (!inside(s, p)) return;
             gx[(s0 + s) * d.S + p0 + p] = (floatX)(k.dt[s0 + s] * v + skip * y(s0 + s, p));
@@ -1275,17 +1295,18 @@ ssd_g_x_kernel(floatX *g_xBC, float *g_dts, float *rho, float *g_D_part, const f
         g_dts[k.dt - dts + s] = Rx[i];
         rho[k.dt - dts + s] = k.dt[s] * Rx_state[i];
     }
-    float sum = warp_sum(first ? yx[0] + yx[1] : 0.0f);
-    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = sum;
+    yx = warp_sum(yx);
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = yx;
     __syncthreads();
     if (threadIdx.x == 0) {
-        g_D_part[(k.number * side + blockIdx.x % side) * d.H + h] = part[0] + part[1] + part[2] + part[3];
+        g_D_part[(k.number * side + blockIdx.x % side) * d.H + h] =
+            part[0] + part[1] + part[2] + part[3];
     }
 }
 
 // 64 rows l of a chunk and group: g_CB (R,chunks,G,Q,Q), summed over the heads of the group, and
-// crossing (row tiles; R,H,chunks,Q): at t, the sum of each head's G over these l >= t and all s < t.
-// rowsum is what the tiles of s before this one add up to, row by row.
+// crossing (row tiles; R,H,chunks,Q): at t, the sum of each head's G over these l >= t and all s <
+// t. rowsum is what the tiles of s before this one add up to, row by row.
 template<typename floatX>
 __global__ void __launch_bounds__(128, 3)
 ssd_g_CB_kernel(float *g_CB, float *crossing, float *rowsum, const floatX *g_y, const floatX *xBC,
@@ -1305,9 +1326,14 @@ ssd_g_CB_kernel(float *g_CB, float *crossing, float *rowsum, const floatX *g_y, 
             const floatX *gy = g_y + k.token * d.E + h * d.P;
             size_t step = k.dt - dts;
             float acc[8][4] = {};
-            multiply<ALONG_K, ALONG_K>(acc, tiles, 0, d.P,
-                [&](int l, int p) { return l0 + l < k.rows ? (float)gy[(l0 + l) * d.E + p] : 0.0f; },
-                [&](int p, int s) { return s0 + s < k.rows ? (float)k.x[(s0 + s) * d.S + p] : 0.0f; });
+            multiply<ALONG_K, ALONG_K>(
+                acc, tiles, 0, d.P,
+                [&](int l, int p) {
+                    return l0 + l < k.rows ? (float)gy[(l0 + l) * d.E + p] : 0.0f;
+                },
+                [&](int p, int s) {
+                    return s0 + s < k.rows ? (float)k.x[(s0 + s) * d.S + p] : 0.0f;
+                });
             each(acc, [&](float &v, int l, int s) {
                 float L = k.L(l0 + l, s0 + s);
                 v *= L != 0.0f ? L * k.dt[s0 + s] : 0.0f;
@@ -1344,12 +1370,13 @@ ssd_g_CB_kernel(float *g_CB, float *crossing, float *rowsum, const floatX *g_y, 
     }
 }
 
-// g_C (OF_C) or g_B, 64 rows of a chunk and group: the product with g_CB, and every head's part, made
-// of g_y and S, or x and gS. pi is the growth that a head's part brings to C . g_C.
+// g_C (OF_C) or g_B, 64 rows of a chunk and group: the product with g_CB, and every head's part,
+// made of g_y and S, or x and gS. pi is the growth that a head's part brings to C . g_C.
 template<bool OF_C, typename floatX>
 __global__ void __launch_bounds__(128, 3)
-ssd_g_BC_kernel(floatX *g_xBC, float *pi, const float *g_CB, const floatX *states, const floatX *g_y,
-                const floatX *xBC, const float *cs, const float *dts, const int *doc, Dims d) {
+ssd_g_BC_kernel(floatX *g_xBC, float *pi, const float *g_CB, const floatX *states,
+                const floatX *g_y, const floatX *xBC, const float *cs, const float *dts,
+                const int *doc, Dims d) {
     __shared__ Tiles<floatX> tiles;
     int side = pieces(d.Q, TILE), l0 = blockIdx.x % side * TILE;
     size_t c = blockIdx.x / side, g = blockIdx.y, r = blockIdx.z, heads = d.H / d.G;
@@ -1363,15 +1390,20 @@ ssd_g_BC_kernel(floatX *g_xBC, float *pi, const float *g_CB, const floatX *state
                 size_t row = OF_C ? l0 + l : s, column = OF_C ? s : l0 + l;
                 return l0 + l < k.rows && column <= row ? g_CB[row * d.Q + column] : 0.0f;
             },
-            [&](int s, int n) { return n0 + n < d.N ? (float)(OF_C ? k.B : k.C)[s * d.S + n0 + n] : 0.0f; });
+            [&](int s, int n) {
+                return n0 + n < d.N ? (float)(OF_C ? k.B : k.C)[s * d.S + n0 + n] : 0.0f;
+            });
         for (size_t h = g * heads; h < (g + 1) * heads; h++) {
             Chunk<floatX> k(d, c, h, r, xBC, cs, dts, doc);
             const floatX *S = states + (k.number * d.H + h) * d.N * d.P;
             const floatX *in = OF_C ? g_y + k.token * d.E + h * d.P : k.x;
             size_t pitch = OF_C ? d.E : d.S;
             float acc[8][4] = {}, sum[2];
-            multiply<ALONG_K, ALONG_K>(acc, tiles, 0, d.P,
-                [&](int l, int p) { return l0 + l < k.rows ? (float)in[(l0 + l) * pitch + p] : 0.0f; },
+            multiply<ALONG_K, ALONG_K>(
+                acc, tiles, 0, d.P,
+                [&](int l, int p) {
+                    return l0 + l < k.rows ? (float)in[(l0 + l) * pitch + p] : 0.0f;
+                },
                 [&](int p, int n) { return n0 + n < d.N ? (float)S[(n0 + n) * d.P + p] : 0.0f; });
             auto decay = [&](int l) {
                 return OF_C ? k.from_start(l) : l < k.rows ? k.dt[l] * k.to_end(l) : 0.0f;
@@ -1384,7 +1416,8 @@ ssd_g_BC_kernel(floatX *g_xBC, float *pi, const float *g_CB, const floatX *state
             }
             if (!OF_C) continue;
             row_sums(sum, acc, [&](float v, int l, int n) {
-                return l0 + l < k.rows && n0 + n < d.N ? v * (float)k.C[(l0 + l) * d.S + n0 + n] : 0.0f;
+                return l0 + l < k.rows && n0 + n < d.N ? v * (float)k.C[(l0 + l) * d.S + n0 + n]
+                                                       : 0.0f;
             });
             UNROLL for (int i = 0; i < 2; i++) {
                 int l = l0 + acc_row(2 * i);
@@ -1399,9 +1432,9 @@ ssd_g_BC_kernel(floatX *g_xBC, float *pi, const float *g_CB, const floatX *state
     }
 }
 
-// The sums over the steps of a chunk, by one warp per head: da_t, the gradient of dt A at t; from it
-// g_dt (n,H) and this chunk's part of g_A, g_A_part (R,chunks,H). With crossing, q is rho alone, and
-// nothing cancels; without (the fast kernels), q = dt g_dt(direct) - rowsum.
+// The sums over the steps of a chunk, by one warp per head: da_t, the gradient of dt A at t; from
+// it g_dt (n,H) and this chunk's part of g_A, g_A_part (R,chunks,H). With crossing, q is rho alone,
+// and nothing cancels; without (the fast kernels), q = dt g_dt(direct) - rowsum.
 __global__ void __launch_bounds__(256)
 ssd_finish_kernel(float *g_dt, float *g_A_part, const float *g_dts, const float *rowsum,
                   const float *crossing, const float *rho, const float *pi, const float *kappa,
@@ -1463,14 +1496,14 @@ ssd_head_sums_kernel(float *g_A_log, float *g_D, const float *g_A_part, const fl
 
 #include "dev/cuda/ssd_fast.cuh"          // the same steps, for the shapes of most models
 
-// ---- launchers -----------------------------------------------------------------------------------
+// ---- launchers ----------------------------------------------------------------------------------
 
 // What the kernels of one call leave for each other. steps: (R,H,chunks,Q) each.
 struct SsdWork {
     float *cs, *dts, *g_dts, *rowsum, *rho, *pi, *crossing;        // crossing: side of them
     float *CB, *g_CB;                              // (R,chunks,G,Q,Q)
-    float *kappa, *g_A_part, *g_D_part;            // (R,chunks,H,parts), (R,chunks,H), (R,chunks,side,H)
-    float *local, *local_decay;                    // (R,segments - 1,H,N,P) padded, (R,segments - 1,H)
+    float *kappa, *g_A_part, *g_D_part;       // (R,chunks,H,parts), (R,chunks,H), (R,chunks,side,H)
+    float *local, *local_decay;                 // (R,segments - 1,H,N,P) padded, (R,segments - 1,H)
     unsigned side, across, parts;                  // tiles of a chunk's rows; of P; of a state
     int segments, segment_chunks;
 
@@ -1482,7 +1515,8 @@ struct SsdWork {
         segments = pieces(d->chunks, segment_chunks);
         size_t steps = d->R * d->H * d->chunks * d->Q, heads = d->R * d->chunks * d->H;
         size_t pairs = d->R * d->chunks * d->G * d->Q * d->Q, ends = d->R * (segments - 1) * d->H;
-        float *at = workspace((6 + side) * steps + 2 * pairs + heads * (parts + 1 + side) + ends * (128 * FP + 1));
+        float *at = workspace((6 + side) * steps + 2 * pairs + heads * (parts + 1 + side) +
+                              ends * (128 * FP + 1));
         auto take = [&](size_t count) {
             at += count;
             return at - count;
@@ -1512,7 +1546,8 @@ static bool ssd_is_fast(const Dims *d) {
 
 template<int N>
 static void ssd_forward_fast(const Dims *d, const SsdWork &w, bf16 *y, bf16 *states, float *final,
-                             const bf16 *xBC, const float *D, const float *initial, const int *doc) {
+                             const bf16 *xBC, const float *D, const float *initial,
+                             const int *doc) {
     unsigned R = d->R, G = d->G, chunks = d->chunks, pairs = G * pieces(d->H / d->G, 2);
     constexpr size_t SHARED = sizeof(WalkShared<N>);
     uint4 *CB = (uint4 *)w.CB;
@@ -1534,8 +1569,9 @@ static void ssd_forward_fast(const Dims *d, const SsdWork &w, bf16 *y, bf16 *sta
 }
 
 template<typename floatX>
-static void ssd_forward_any(const Dims *d, const SsdWork &w, floatX *y, floatX *states, float *final,
-                            const floatX *xBC, const float *D, const float *initial, const int *doc) {
+static void ssd_forward_any(const Dims *d, const SsdWork &w, floatX *y, floatX *states,
+                            float *final, const floatX *xBC, const float *D, const float *initial,
+                            const int *doc) {
     unsigned R = d->R, H = d->H, G = d->G, chunks = d->chunks, side = w.side;
     ssd_CB_kernel<floatX><<<dim3(chunks * side * side, G, R), 128, 0, stream>>>(
         w.CB, xBC, w.cs, w.dts, *d);
@@ -1649,7 +1685,7 @@ static void ssd_backward(const Dims *d, floatX *g_xBC, float *g_dt, float *g_A_l
 }
 
 // == gated rmsnorm ================================================================================
-// o = v^ w, v = y silu(z), v^ = v rstd over each group of E/G columns; z: the first columns of zxBCdt
+// o = v^ w, v = y silu(z), v^ = v rstd over each group of E/G columns; z: first columns of zxBCdt
 // backward: g_v = rstd (w g_o - v^ mean(v^ w g_o));  g_y = g_v silu(z);  g_z = g_v y silu'(z);
 //           g_w += sum over rows of v^ g_o
 
@@ -1695,9 +1731,9 @@ static void gated_rmsnorm_forward(const Dims *d, floatX *o, float *rstd, const f
 
 template<int K, bool WIDE, typename floatX>
 __global__ void __launch_bounds__(512)
-gated_rmsnorm_backward_kernel(floatX *g_y, floatX *g_zxBCdt, float *g_w_parts, const floatX *g_o,
-                              const floatX *y, const floatX *zxBCdt, const float *rstd, const float *w,
-                              Dims d, size_t span) {
+gated_rmsnorm_backward_kernel(floatX *g_y, floatX *g_zxBCdt, float *g_w_parts,
+                              const floatX *g_o, const floatX *y, const floatX *zxBCdt,
+                              const float *rstd, const float *w, Dims d, size_t span) {
     __shared__ float part[2][32];
     size_t columns = d.E / d.G, first = blockIdx.y * columns;
     Vec weight[K], g_w[K] = {};
@@ -1705,7 +1741,7 @@ gated_rmsnorm_backward_kernel(floatX *g_y, floatX *g_zxBCdt, float *g_w_parts, c
         weight[k] = load<WIDE>(w + first, (threadIdx.x + k * blockDim.x) * 8, columns);
     }
     size_t begin = blockIdx.x * span, end = min(d.n, begin + span);
-    Vec next[K][3];                                        // g_o, y, z of the next row, on their way
+    Vec next[K][3];                                       // g_o, y, z of the next row, on their way
     float next_scale = 0.0f;
     auto fetch = [&](size_t row) {
         next_scale = rstd[row * d.G + blockIdx.y];
@@ -1774,7 +1810,8 @@ static void gated_rmsnorm_backward(const Dims *d, floatX *g_y, floatX *g_zxBCdt,
 template<bool WIDE, typename floatX>
 __global__ void __launch_bounds__(256) swiglu_forward_kernel(floatX *h, const floatX *ab, Dims d) {
     size_t row = blockIdx.x, c = (blockIdx.y * (size_t)256 + threadIdx.x) * 8;
-    Vec a = load<WIDE>(ab + row * 2 * d.F, c, d.F), b = load<WIDE>(ab + row * 2 * d.F + d.F, c, d.F);
+    Vec a = load<WIDE>(ab + row * 2 * d.F, c, d.F),
+        b = load<WIDE>(ab + row * 2 * d.F + d.F, c, d.F);
     UNROLL for (int i = 0; i < 8; i++) {
         a.v[i] *= b.v[i] * sigmoid<floatX>(b.v[i]);
     }
@@ -1792,7 +1829,8 @@ template<bool WIDE, typename floatX>
 __global__ void __launch_bounds__(256)
 swiglu_backward_kernel(floatX *g_ab, const floatX *g_h, const floatX *ab, Dims d) {
     size_t row = blockIdx.x, c = (blockIdx.y * (size_t)256 + threadIdx.x) * 8;
-    Vec a = load<WIDE>(ab + row * 2 * d.F, c, d.F), b = load<WIDE>(ab + row * 2 * d.F + d.F, c, d.F);
+    Vec a = load<WIDE>(ab + row * 2 * d.F, c, d.F),
+        b = load<WIDE>(ab + row * 2 * d.F + d.F, c, d.F);
     Vec g = load<WIDE>(g_h + row * d.F, c, d.F);
     UNROLL for (int i = 0; i < 8; i++) {
         float s = sigmoid<floatX>(b.v[i]), g_b = g.v[i] * a.v[i] * s * (1.0f + b.v[i] * (1.0f - s));
@@ -1805,7 +1843,8 @@ swiglu_backward_kernel(floatX *g_ab, const floatX *g_h, const floatX *ab, Dims d
 template<typename floatX>
 static void swiglu_backward(const Dims *d, floatX *g_ab, const floatX *g_h, const floatX *ab) {
     dim3 grid((unsigned)d->n, pieces(d->F, 2048));
-    if (d->F % 8 == 0) swiglu_backward_kernel<true, floatX><<<grid, 256, 0, stream>>>(g_ab, g_h, ab, *d);
+    if (d->F % 8 == 0)
+        swiglu_backward_kernel<true, floatX><<<grid, 256, 0, stream>>>(g_ab, g_h, ab, *d);
     else swiglu_backward_kernel<false, floatX><<<grid, 256, 0, stream>>>(g_ab, g_h, ab, *d);
     LAUNCHED();
 }
@@ -1822,7 +1861,8 @@ struct Partition {
 __device__ inline Partition join(Partition a, Partition b) {
     float greatest = max(a.greatest, b.greatest);
     if (greatest == -INFINITY) return Partition{greatest, 0.0f};
-    return Partition{greatest, a.sum * expf(a.greatest - greatest) + b.sum * expf(b.greatest - greatest)};
+    return Partition{greatest,
+                     a.sum * expf(a.greatest - greatest) + b.sum * expf(b.greatest - greatest)};
 }
 
 template<bool WIDE, typename Logit>
@@ -1874,8 +1914,8 @@ cross_entropy_kernel(float *losses, Logit *logits, const int *targets, float sca
 
 // A row of logits stays in shared memory between its two readings where two rows fit.
 template<typename Logit>
-static void cross_entropy(float *losses, Logit *logits, const int *targets, float scale, int backward,
-                          size_t rows, size_t V) {
+static void cross_entropy(float *losses, Logit *logits, const int *targets, float scale,
+                          int backward, size_t rows, size_t V) {
     size_t bytes = backward ? V * sizeof(Logit) : 0;
     int fits = bytes > 0 && 2 * bytes <= shared_room() - 4096;
     auto kernel = V % 8 ? cross_entropy_kernel<false, Logit> : cross_entropy_kernel<true, Logit>;
@@ -1886,12 +1926,12 @@ static void cross_entropy(float *losses, Logit *logits, const int *targets, floa
 }
 
 // losses (n); g_hidden (n,M) =, g_weight (V,M) (+)= by add; logits (slab,V) is work. With g_hidden
-// NULL only the losses, from logits in float, of which half as many rows have room. all_logits (n,V),
-// on the host, for --dump, or NULL.
+// NULL only the losses, from logits in float, of which half as many rows have room. all_logits
+// (n,V), on the host, for --dump, or NULL.
 template<typename floatX>
-static void classifier(const Dims *d, float *losses, floatX *g_hidden, float *g_weight, floatX *logits,
-                       float *all_logits, const floatX *hidden, const floatX *weight,
-                       const int *targets, float scale, int add) {
+static void classifier(const Dims *d, float *losses, floatX *g_hidden, float *g_weight,
+                       floatX *logits, float *all_logits, const floatX *hidden,
+                       const floatX *weight, const int *targets, float scale, int add) {
     size_t slab = g_hidden ? d->slab : d->slab * sizeof(floatX) / sizeof(float);
     for (size_t i = 0; i < d->n; i += slab) {
         size_t rows = d->n - i < slab ? d->n - i : slab;
@@ -1905,7 +1945,8 @@ static void classifier(const Dims *d, float *losses, floatX *g_hidden, float *g_
         linear_forward(logits, in, weight, rows, d->M, d->V, 0);
         if (all_logits) download(all_logits + i * d->V, logits, rows, d->V, d->V);
         cross_entropy(losses + i, logits, targets + i, scale, 1, rows, d->V);
-        linear_backward(g_hidden + i * d->M, g_weight, logits, in, weight, rows, d->M, d->V, add || i);
+        linear_backward(g_hidden + i * d->M, g_weight, logits, in, weight, rows, d->M, d->V,
+                        add || i);
     }
 }
 
@@ -1917,7 +1958,8 @@ __global__ void __launch_bounds__(256)
 sum_squares_kernel(float *parts, const float *grads, size_t count) {
     __shared__ float part[32];
     float sum = 0.0f;
-    for (size_t i = (blockIdx.x * (size_t)256 + threadIdx.x) * 8; i < count; i += NORM_PARTS * 256 * 8) {
+    for (size_t i = (blockIdx.x * (size_t)256 + threadIdx.x) * 8; i < count;
+         i += NORM_PARTS * 256 * 8) {
         Vec g = i + 8 <= count ? load<true>(grads, i, count) : load<false>(grads, i, count);
         UNROLL for (int k = 0; k < 8; k++) {
             sum += g.v[k] * g.v[k];
@@ -1934,8 +1976,8 @@ struct AdamW {
 };
 // copy: the parameter in floatX for matrix products
 template<bool WIDE, typename floatX>
-__device__ inline void adamw_at(size_t at, float *w, floatX *copy, float *m, float *v, const float *g,
-                                const AdamW &s, size_t count) {
+__device__ inline void adamw_at(size_t at, float *w, floatX *copy, float *m, float *v,
+                                const float *g, const AdamW &s, size_t count) {
     Vec weight = load<WIDE>(w, at, count), grad = load<WIDE>(g, at, count);
     Vec mean = load<WIDE>(m, at, count), square = load<WIDE>(v, at, count);
     UNROLL for (int i = 0; i < 8; i++) {
@@ -1963,7 +2005,8 @@ adamw_kernel(float *w, floatX *copy, float *m, float *v, const float *g, AdamW s
 
 template<typename floatX>
 __global__ void __launch_bounds__(256)
-conv1d_past_kernel(floatX *past_new, const floatX *zxBCdt, const floatX *past, const int *doc, Dims d) {
+conv1d_past_kernel(floatX *past_new, const floatX *zxBCdt, const floatX *past, const int *doc,
+                   Dims d) {
     size_t c = blockIdx.x * (size_t)256 + threadIdx.x, r = blockIdx.y;
     if (c >= d.S) return;
     for (size_t k = 0; k + 1 < d.W; k++) {                 // in order: past_new may be past
@@ -1992,15 +2035,17 @@ static void conv1d_past(const Dims *d, floatX *past_new, const floatX *zxBCdt, c
 // A thread per column p of a head: it owns the state's column, in final, and sums over n alone.
 template<typename floatX>
 __global__ void __launch_bounds__(128)
-ssd_recurrence_kernel(floatX *y, float *final, const floatX *xBC, const float *dt, const float *A_log,
-                      const float *D, const float *initial, const int *doc, Dims d) {
+ssd_recurrence_kernel(floatX *y, float *final, const floatX *xBC, const float *dt,
+                      const float *A_log, const float *D, const float *initial, const int *doc,
+                      Dims d) {
     size_t p = blockIdx.x * (size_t)128 + threadIdx.x, h = blockIdx.y, r = blockIdx.z;
     if (p >= d.P) return;
     size_t head = (r * d.H + h) * d.N * d.P + p;
     float a = -expf(A_log[h]), skip = D[h];
     for (size_t t = 0; t < d.T; t++) {
         size_t at = r * d.T + t;
-        const floatX *row = xBC + at * d.S, *B = row + d.E + h / (d.H / d.G) * d.N, *C = B + d.G * d.N;
+        const floatX *row = xBC + at * d.S, *B = row + d.E + h / (d.H / d.G) * d.N,
+                     *C = B + d.G * d.N;
         const float *before = t ? final + head : initial ? initial + head : NULL;
         float step = dt[at * d.H + h], decay = expf(step * a), x = (float)row[h * d.P + p];
         float sum = skip * x;
@@ -2015,8 +2060,9 @@ ssd_recurrence_kernel(floatX *y, float *final, const floatX *xBC, const float *d
 }
 // final (R,H,N,P) may be initial
 template<typename floatX>
-static void ssd_recurrence(const Dims *d, floatX *y, float *final, const floatX *xBC, const float *dt,
-                           const float *A_log, const float *D, const float *initial, const int *doc) {
+static void ssd_recurrence(const Dims *d, floatX *y, float *final, const floatX *xBC,
+                           const float *dt, const float *A_log, const float *D,
+                           const float *initial, const int *doc) {
     dim3 grid(pieces(d->P, 128), (unsigned)d->H, (unsigned)d->R);
     ssd_recurrence_kernel<floatX><<<grid, 128, 0, stream>>>(
         y, final, xBC, dt, A_log, D, initial, doc, *d);
@@ -2104,7 +2150,8 @@ static Acts<floatX> layer_acts(const Model<floatX> *m, size_t l) {
     for (size_t k = 0; k < cpu::ACT_COUNT; k++) {
         const cpu::Spec *s = &m->act_specs[k];
         char **p = &((char **)&layer)[k];
-        size_t bytes = s->shape[0] ? s->count / s->shape[0] * act_size<floatX>(s) : 0;    // of a layer
+        // of a layer
+        size_t bytes = s->shape[0] ? s->count / s->shape[0] * act_size<floatX>(s) : 0;
         if (s->shape_text[1] == 'K') *p += l % m->host->d.kept * bytes;
         if (!strncmp(s->shape_text, "(L2,", 4)) *p += l * (m->d.F ? 2 : 1) * bytes;
         if (!strncmp(s->shape_text, "(L,", 3)) {
@@ -2114,13 +2161,14 @@ static Acts<floatX> layer_acts(const Model<floatX> *m, size_t l) {
     return layer;
 }
 
-// The device's shapes: rows of zxBCdt have their pitch, slabs of logits are larger (each one reads and
-// writes the head's gradient), and the states are kept for the backward pass.
+// The device's shapes: rows of zxBCdt have their pitch, slabs of logits are larger (each one reads
+// and writes the head's gradient), and the states are kept for the backward pass.
 template<typename floatX>
 static void device_specs(Model<floatX> *m, const cpu::Dims &host) {
     cpu::Dims d = host;
     d.Z = m->d.pitch;
-    d.slab = max((size_t)2, (d.n + pieces(d.n * d.V, (size_t)1 << 29) - 1) / pieces(d.n * d.V, (size_t)1 << 29));
+    d.slab = max((size_t)2, (d.n + pieces(d.n * d.V, (size_t)1 << 29) - 1) /
+                                pieces(d.n * d.V, (size_t)1 << 29));
     d.chunks = m->d.chunks;
     m->d.slab = d.slab;
     cpu::act_specs(&d, m->act_specs);
@@ -2177,7 +2225,7 @@ __global__ void __launch_bounds__(256) cast_kernel(floatX *to, const float *from
     else store<false>(to, i, count, load<false>(from, i, count));
 }
 
-// ---- between host and device ---------------------------------------------------------------------
+// ---- between host and device --------------------------------------------------------------------
 
 template<typename X>
 static void upload(X *to, const float *from, size_t count) {
@@ -2230,7 +2278,7 @@ static void swap_states(Model<floatX> *m) {
     std::swap(m->a.carried, m->a.carried_new);
 }
 
-// ---- layers: read these beside those of the C file -----------------------------------------------
+// ---- layers: read these beside those of the C file ----------------------------------------------
 
 static void lap(const char *name) {        // --profile: when the GPU is done, not when it was asked
     if (!cpu::flags.profile) return;
@@ -2300,14 +2348,16 @@ static void layer_backward(const Model<floatX> *m, size_t l) {
                          m->g_branch);                                              lap("norm");
     }
     linear_backward(a.g_o, g.out_proj, m->g_branch, a.o, x.out_proj, n, E, M, add); lap("out_proj");
-    gated_rmsnorm_backward(d, a.g_y, a.g_zxBCdt, g.norm_g, a.g_o, a.y, a.zxBCdt, a.rstd_g, w.norm_g);
+    gated_rmsnorm_backward(d, a.g_y, a.g_zxBCdt, g.norm_g, a.g_o, a.y, a.zxBCdt, a.rstd_g,
+                           w.norm_g);
     lap("norm_g");
     ssd_backward(d, a.g_xBC, a.g_dt, g.A_log, g.D, (float *)NULL, a.g_y, (float *)NULL, a.states,
                  a.g_states, a.xBC, a.dt, w.A_log, w.D, a.carried, m->doc);         lap("ssd");
     dt_backward(d, a.g_zxBCdt, g.dt_bias, a.g_dt, a.zxBCdt, w.dt_bias);             lap("dt");
     watch(m, l, 1);
-    conv1d_backward(d, a.g_zxBCdt, g.conv_w, g.conv_b, a.g_xBC, a.zxBCdt, w.conv_w, w.conv_b, a.past,
-                    m->doc);                                                        lap("conv1d");
+    conv1d_backward(d, a.g_zxBCdt, g.conv_w, g.conv_b, a.g_xBC, a.zxBCdt, w.conv_w, w.conv_b,
+                    a.past, m->doc);
+    lap("conv1d");
     linear_backward(a.g_u, g.in_proj, a.g_zxBCdt, a.u, x.in_proj, n, M, Z, add, d->pitch);
     lap("in_proj");
     rmsnorm_backward(d, a.g_resid, g.norm, a.g_u, a.resid, a.rstd, w.norm, m->g_branch);
@@ -2322,7 +2372,8 @@ static void model_hidden(Model<floatX> *m) {
     CUDA(cudaMemcpyAsync(m->ids, host->ids, d->n * sizeof(int), cudaMemcpyHostToDevice, stream));
     m->doc = host->doc ? m->docs : NULL;
     if (host->doc) {
-        CUDA(cudaMemcpyAsync(m->docs, host->doc, d->n * sizeof(int), cudaMemcpyHostToDevice, stream));
+        CUDA(cudaMemcpyAsync(m->docs, host->doc, d->n * sizeof(int), cudaMemcpyHostToDevice,
+                             stream));
     }
     embed_forward(d, m->a.resid, m->ids, m->w.embedding);                           lap("embed");
     for (size_t l = 0; l < d->L; l++) {
@@ -2342,12 +2393,15 @@ static double model_loss(Model<floatX> *m, int backward) {
     const floatX *head = host->d.tied ? m->x.embedding : m->x.lm_head;
     float *g_head = host->d.tied ? m->g.embedding : m->g.lm_head;
     size_t n = d->n;
-    CUDA(cudaMemcpyAsync(m->targets, host->targets, n * sizeof(int), cudaMemcpyHostToDevice, stream));
+    CUDA(cudaMemcpyAsync(m->targets, host->targets, n * sizeof(int), cudaMemcpyHostToDevice,
+                         stream));
     model_hidden(m);
     if (backward && !host->add) zero_grads(m);
-    classifier(d, a.losses, backward ? a.g_u : (floatX *)NULL, g_head, a.logits,
-               host->all_logits, a.hidden, head, m->targets, host->scale, host->add); lap("classifier");
-    CUDA(cudaMemcpyAsync(m->host_losses, a.losses, n * sizeof(float), cudaMemcpyDeviceToHost, stream));
+    classifier(d, a.losses, backward ? a.g_u : (floatX *)NULL, g_head, a.logits, host->all_logits,
+               a.hidden, head, m->targets, host->scale, host->add);
+    lap("classifier");
+    CUDA(cudaMemcpyAsync(m->host_losses, a.losses, n * sizeof(float), cudaMemcpyDeviceToHost,
+                         stream));
     if (backward) {
         watch(m, d->L, 1);
         CUDA(cudaMemsetAsync(a.g_resid, 0, n * d->M * sizeof(float), stream));
@@ -2387,8 +2441,9 @@ static void adamw(Model<floatX> *m, double lr, double grad_scale, cpu::Int t) {
     }
 }
 
-// ---- generation ----------------------------------------------------------------------------------
-// The prompt goes through the parallel form, in pieces; then each token is one step of the recurrence.
+// ---- generation ---------------------------------------------------------------------------------
+// The prompt goes through the parallel form, in pieces; then each token is one step of the
+// recurrence.
 
 template<typename floatX>
 struct Sampler {
@@ -2397,7 +2452,8 @@ struct Sampler {
     size_t most;
     float *logits, *device_logits;         // (V)
 
-    Sampler(const Model<floatX> *trained, const cpu::Model *host, size_t most) : m(*trained), most(most) {
+    Sampler(const Model<floatX> *trained, const cpu::Model *host, size_t most)
+        : m(*trained), most(most) {
         memset(&view, 0, sizeof view);
         view.d = host->d;
         view.d.Q = 128;
@@ -2434,7 +2490,7 @@ struct Sampler {
     }
 };
 
-// ---- the functions of cpu::Backend, for floatX ---------------------------------------------------
+// ---- the functions of cpu::Backend, for floatX --------------------------------------------------
 template<typename floatX>
 struct Device {
     static inline Model<floatX> model;
@@ -2537,7 +2593,7 @@ struct Device {
     }
 };
 
-// ---- main ----------------------------------------------------------------------------------------
+// ---- main ---------------------------------------------------------------------------------------
 #ifndef TESTING                         // tests include this file for its ops
 
 static bool in_bf16() { return !strcmp(cpu::flags.dtype, "bf16"); }
@@ -2564,7 +2620,8 @@ static void gpu_start() {
 static void gpu_open(cpu::Model *m) {
     Dims d(m->d);
     if (in_bf16() && m->grads && !ssd_is_fast(&d)) {
-        fprintf(stderr, "note: SSD takes about 10 times as long in this shape; the fast kernels take "
+        fprintf(stderr,
+                "note: SSD takes about 10 times as long in this shape; the fast kernels take "
                 "chunks of 128, headdim up to 64 and d_state up to 128, both multiples of 8\n");
     }
     in_bf16() ? Device<bf16>::open(m) : Device<float>::open(m);
@@ -2576,7 +2633,8 @@ static double gpu_norm(cpu::Model *m) {
     return in_bf16() ? Device<bf16>::norm(m) : Device<float>::norm(m);
 }
 static void gpu_update(cpu::Model *m, double lr, double grad_scale, cpu::Int t) {
-    in_bf16() ? Device<bf16>::update(m, lr, grad_scale, t) : Device<float>::update(m, lr, grad_scale, t);
+    in_bf16() ? Device<bf16>::update(m, lr, grad_scale, t)
+              : Device<float>::update(m, lr, grad_scale, t);
 }
 static void gpu_carry(cpu::Model *m, int fresh) {
     in_bf16() ? Device<bf16>::carry(m, fresh) : Device<float>::carry(m, fresh);
@@ -2585,26 +2643,29 @@ static void gpu_fetch(cpu::Model *m) {
     in_bf16() ? Device<bf16>::fetch(m) : Device<float>::fetch(m);
 }
 
-static void gpu_generate(const cpu::Model *m, const cpu::Tokenizer *tok, const int *prompt, size_t size,
-                         cpu::Int count, uint64_t stream_of) {
+static void gpu_generate(const cpu::Model *m, const cpu::Tokenizer *tok, const int *prompt,
+                         size_t size, cpu::Int count, uint64_t stream_of) {
     in_bf16() ? Device<bf16>::generate(m, tok, prompt, size, count, stream_of)
               : Device<float>::generate(m, tok, prompt, size, count, stream_of);
 }
 
-// The datasheet's dense bf16 rate, so that a worse kernel cannot raise the percentage; 0 when unknown
+// The datasheet's dense bf16 rate, so that a worse kernel cannot raise the percentage; 0 when
+// unknown
 static double gpu_peak() {
     cudaDeviceProp p;
     int device;
     CUDA(cudaGetDevice(&device));
     CUDA(cudaGetDeviceProperties(&p, device));
     if (!in_bf16()) return 0;
-    if (strstr(p.name, "H100") || strstr(p.name, "H200")) return strstr(p.name, "PCIe") ? 756e12 : 989e12;
+    if (strstr(p.name, "H100") || strstr(p.name, "H200"))
+        return strstr(p.name, "PCIe") ? 756e12 : 989e12;
     if (strstr(p.name, "A100")) return 312e12;
     return 0;
 }
 
-// --compare without a file: the same micro-batch, at the same chunk, by the CPU's ops in float64 and in
-// float, both as dumps; then the GPU against the first, with the second's error as the measure.
+// --compare without a file: the same micro-batch, at the same chunk, by the CPU's ops in float64
+// and in float, both as dumps; then the GPU against the first, with the second's error as the
+// measure.
 static int gpu_compare(cpu::Run *run) {
     char dir[] = "/tmp/train_mamba2_compare_XXXXXX";
     CHECK(mkdtemp(dir), "%s: %s", dir, strerror(errno));

@@ -1,15 +1,15 @@
 // == ssd, the fast kernels ========================================================================
-// For bf16, chunks of 128 steps, headdim up to 64 and d_state up to 128, both multiples of 8 (smaller
-// ones are padded with zeros to 64, and 64 or 128), on GPUs with 227 KB of shared memory: everything
-// else takes the kernels above. The same formulas; what differs is how the work is dealt out:
-//   - copies run ahead of the arithmetic (cp.async), tiles lie in shared memory without bank conflicts
+// For bf16, chunks of 128 steps, headdim up to 64 and d_state up to 128, both multiples of 8
+// (smaller ones are padded with zeros to 64, and 64 or 128), on GPUs with 227 KB of shared memory:
+// everything else takes the kernels above. The same formulas; the work is dealt out otherwise:
+//   - copies run ahead of the arithmetic (cp.async); tiles lie so that banks do not conflict
 //   - warps of one block have different roles, so that their latencies overlap
 //   - decays are products of two factors, exp2(cs_l - cs_a) and exp2(cs_a - cs_s), with a step a
-//     between, s <= a <= l: tables of 128 in place of an exponential for each element, and no exponent
-//     above 0. Documents cut the factors: since they come in order, l and s are of one document just
-//     when both are of the document of a.
+//     between, s <= a <= l: tables of 128 in place of an exponential for each element, and no
+//     exponent above 0. Documents cut the factors: since they come in order, l and s are of one
+//     document just when both are of the document of a.
 constexpr int FQ = 128, FP = 64;                   // steps of a chunk; columns of a head, padded
-constexpr int PAD = 8;                             // of rows in shared memory, where they are padded
+constexpr int PAD = 8;                            // of rows in shared memory, where they are padded
 
 #ifdef __CUDACC__
 template<int BYTES>                                // 4 or 16; zeros when not valid
@@ -27,7 +27,8 @@ template<int LEFT> __device__ inline void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
 }
 // __syncthreads() for warps that meet it at different lines, which CUDA C++ does not allow and PTX,
-// with a count, does; and the kind at which some warps wait for others that only announce themselves.
+// with a count, does; and the kind at which some warps wait for others that only announce
+// themselves.
 __device__ inline void barrier_wait(int id, int threads) {
     asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
@@ -66,17 +67,20 @@ __device__ inline uint32_t pack(float low, float high) {
 __device__ inline float low(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ inline float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 #ifndef __CUDACC__
-inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) { return pack(low(a) * low(b), high(a) * high(b)); }
+inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+    return pack(low(a) * low(b), high(a) * high(b));
+}
 #endif
 
 __device__ inline float decay(float exponent, bool same_document) {
     return same_document ? exp2_fast(fminf(exponent, 0.0f)) : 0.0f;
 }
 
-// A tile in shared memory has rows of COLS, either padded by 16 bytes (PAD), or (0) with the 16-byte
-// pieces of row r permuted by r % 8. Either way ldmatrix has no bank conflicts; padding makes cp.async
-// dearer, permuting takes registers. The second form is of row + r, col + c, where row and col are
-// multiples of 8 and r, c < 16: what depends on the lane is apart, so that it is computed once.
+// A tile in shared memory has rows of COLS, either padded by 16 bytes (PAD), or (0) with the
+// 16-byte pieces of row r permuted by r % 8. Either way ldmatrix has no bank conflicts; padding
+// makes cp.async dearer, permuting takes registers. The second form is of row + r, col + c, where
+// row and col are multiples of 8 and r, c < 16: what depends on the lane is apart, so that it is
+// computed once.
 template<int COLS, int PADDED> __device__ inline int at(int row, int col) {
     return row * (COLS + PADDED) + (PADDED ? col : col ^ row % 8 * 8);
 }
@@ -87,14 +91,16 @@ __device__ inline int at(unsigned row, unsigned col, unsigned r, unsigned c) {
 }
 
 // Operands of mma from the part of a tile that begins at (row, col). A is 16x16 (m,k), or with _t
-// stored (k,m). B is 16 (k) x 16 (n), stored (n,k), or with _t (k,n): r and r + 2 are two fragments.
+// stored (k,m). B is 16 (k) x 16 (n), stored (n,k), or with _t (k,n): r and r + 2 are two
+// fragments.
 template<int COLS, int PADDED>
 __device__ inline void load_a(uint32_t r[4], const bf16 *tile, int row, int col, unsigned lane) {
     ldmatrix(r, tile + at<COLS, PADDED>(row, col, lane % 16, lane / 16 * 8));
 }
 template<int COLS, int PADDED>
 __device__ inline void load_a_t(uint32_t r[4], const bf16 *tile, int row, int col, unsigned lane) {
-    ldmatrix_trans(r, tile + at<COLS, PADDED>(row, col, lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8));
+    ldmatrix_trans(r,
+                   tile + at<COLS, PADDED>(row, col, lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8));
 }
 template<int COLS, int PADDED>
 __device__ inline void load_b(uint32_t r[4], const bf16 *tile, int row, int col, unsigned lane) {
@@ -107,7 +113,8 @@ __device__ inline void load_b_t(uint32_t r[4], const bf16 *tile, int row, int co
 
 // Threads 0 <= me < THREADS start copying ROWS x COLS elements; zeros from `rows` and `cols` on.
 template<int ROWS, int COLS, int PADDED, int THREADS>
-__device__ inline void load_tile(bf16 *to, const bf16 *from, size_t pitch, int rows, int cols, int me) {
+__device__ inline void load_tile(bf16 *to, const bf16 *from, size_t pitch, int rows, int cols,
+                                 int me) {
     constexpr int STEP = THREADS / (COLS / 8);             // rows at once
     int row = me / (COLS / 8), col = me % (COLS / 8) * 8;
     bool inside = col < cols;
@@ -117,8 +124,9 @@ __device__ inline void load_tile(bf16 *to, const bf16 *from, size_t pitch, int r
         cp_async<16>(to + at<COLS, PADDED>(row + i * STEP, col), from, valid);
     }
 }
-template<int ROWS, int COLS, int PADDED, int THREADS>      // and back
-__device__ inline void store_tile(bf16 *to, const bf16 *from, size_t pitch, int rows, int cols, int me) {
+template<int ROWS, int COLS, int PADDED, int THREADS> // and back
+__device__ inline void store_tile(bf16 *to, const bf16 *from, size_t pitch, int rows, int cols,
+                                  int me) {
     constexpr int STEP = THREADS / (COLS / 8);
     int row = me / (COLS / 8), col = me % (COLS / 8) * 8;
     to += row * pitch + col;
@@ -129,8 +137,8 @@ __device__ inline void store_tile(bf16 *to, const bf16 *from, size_t pitch, int 
     }
 }
 
-// CB as bf16 operands A: 16x16 tile (i,j), j <= i, of a chunk and group lies at i (i+1)/2 + j, lane by
-// lane. A block per chunk and group; warp i has row i of the tiles.
+// CB as bf16 operands A: 16x16 tile (i,j), j <= i, of a chunk and group lies at i (i+1)/2 + j, lane
+// by lane. A block per chunk and group; warp i has row i of the tiles.
 constexpr int CB_TILES = 36;
 template<int N> constexpr size_t CB_SHARED = 2 * FQ * (N + PAD) * sizeof(bf16);
 
@@ -164,19 +172,20 @@ ssd_CB_fast_kernel(uint4 *CB, const bf16 *xBC, Dims d) {
     }
 }
 
-// ---- forward: states and y in one kernel ---------------------------------------------------------
+// ---- forward: states and y in one kernel --------------------------------------------------------
 // A block has two heads of a group and walks the chunks of its segment of the sequence:
-//   state warps   S = through S + (dt exp(cs_last - cs) B)^T x, in float accumulators; they fetch B, C
-//                 and CB, and write the boundary states
-//   y warps       y = M x + diag(exp(cs)) C S, M = (CB o L) diag(dt) with D added on its diagonal; they
-//                 fetch x, cs, dt
-// Four of each a head. Of the state (N,P) a state warp has N/4 rows; y warp w has the 16-row tiles w
-// and 7 - w of M, 9 of its 36 tiles. In row tile i of M, but for its diagonal tile, L_ls dt_s is
+//   state warps   S = through S + (dt exp(cs_last - cs) B)^T x, in float accumulators; they fetch
+//                 B, C and CB, and write the boundary states
+//   y warps       y = M x + diag(exp(cs)) C S, M = (CB o L) diag(dt) with D added on its diagonal;
+//                 they fetch x, cs, dt
+// Four of each a head. Of the state (N,P) a state warp has N/4 rows; y warp w has the 16-row tiles
+// w and 7 - w of M, 9 of its 36 tiles. In row tile i of M, but for its diagonal tile, L_ls dt_s is
 // exp2(cs_l - cs_a) ratio_s with a = 16 i: one exponential for a column instead of one an element.
-// Where rows and heads alone do not fill the GPU, the sequence is cut into segments: first this kernel
-// without SCAN (no y warps), from S = 0, writes what each segment but the last adds to the state (local)
-// and how it decays what came before (local_decay); the scan then starts each segment from their sum.
-// Here is the seam for splitting a sequence over GPUs: it would exchange local and local_decay.
+// Where rows and heads alone do not fill the GPU, the sequence is cut into segments: first this
+// kernel without SCAN (no y warps), from S = 0, writes what each segment but the last adds to the
+// state (local) and how it decays what came before (local_decay); the scan then starts each segment
+// from their sum. Here is the seam for splitting a sequence over GPUs: it would exchange local and
+// local_decay.
 template<int N> struct WalkShared {
     bf16 x[2][2][FQ * (FP + PAD)];                 // of 2 chunks, 2 heads
     bf16 BC[2][FQ * (N + PAD)];                    // B, C; without SCAN the B of 2 chunks
@@ -188,14 +197,17 @@ template<int N> struct WalkShared {
 };
 
 // to[s] = dt_s exp2(cs at `from` - cs_s), by one warp for itself
-__device__ inline void decays(bf16 *to, const float *cs, const float *dt, const int *doc, int from) {
+__device__ inline void decays(bf16 *to, const float *cs, const float *dt, const int *doc,
+                              int from) {
     int s = threadIdx.x % 32 * 4;
     float4 c = *(const float4 *)(cs + s), step = *(const float4 *)(dt + s);
     int4 k = *(const int4 *)(doc + s);
     float a = cs[from];
     int here = doc[from];
-    uint32_t first = pack(step.x * decay(a - c.x, k.x == here), step.y * decay(a - c.y, k.y == here));
-    uint32_t second = pack(step.z * decay(a - c.z, k.z == here), step.w * decay(a - c.w, k.w == here));
+    uint32_t first =
+        pack(step.x * decay(a - c.x, k.x == here), step.y * decay(a - c.y, k.y == here));
+    uint32_t second =
+        pack(step.z * decay(a - c.z, k.z == here), step.w * decay(a - c.w, k.w == here));
     *(uint2 *)(to + s) = make_uint2(first, second);
 }
 
@@ -208,11 +220,13 @@ ssd_walk_kernel(bf16 *y, bf16 *states, float *final, float *local, float *local_
     WalkShared<N> &sm = *(WalkShared<N> *)shared;
     constexpr int MT = N / 64, THREADS = SCAN ? 512 : 256, BOTH = 1, FREE = 2;     // barriers
     int me = threadIdx.x % 256, lane = me % 32, g = lane / 4, t4 = lane % 4;
-    int all_warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warp = all_warp % 4, slot = all_warp / 4 % 2;
+    int all_warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warp = all_warp % 4,
+        slot = all_warp / 4 % 2;
     int heads = d.H / d.G, pairs = (heads + 1) / 2, group = blockIdx.x / pairs;
     int first = blockIdx.x % pairs * 2, h = group * heads + min(first + slot, heads - 1);
     bool mine = first + slot < heads;
-    int chunks = d.chunks, begin = blockIdx.y * segment_chunks, end = min(begin + segment_chunks, chunks);
+    int chunks = d.chunks, begin = blockIdx.y * segment_chunks,
+        end = min(begin + segment_chunks, chunks);
     int P = d.P;
     size_t r = blockIdx.z, head = (r * d.H + h) * d.N * P;         // head: in initial and final
     const bf16 *rows = xBC + r * d.T * d.S;
@@ -223,7 +237,8 @@ ssd_walk_kernel(bf16 *y, bf16 *states, float *final, float *local, float *local_
             int buffer = chunk & 1, left = (int)d.T - chunk * FQ;
             const bf16 *x = rows + (size_t)chunk * FQ * d.S + (group * heads + first) * P;
             load_tile<FQ, FP, PAD, 256>(sm.x[buffer][0], x, d.S, left, P, me);
-            load_tile<FQ, FP, PAD, 256>(sm.x[buffer][1], x + P, d.S, left, first + 1 < heads ? P : 0, me);
+            load_tile<FQ, FP, PAD, 256>(sm.x[buffer][1], x + P, d.S, left,
+                                        first + 1 < heads ? P : 0, me);
             int i = me % 128;
             if (i < 64) {
                 size_t from = ((r * d.H + h) * chunks + chunk) * FQ + i % 32 * 4;
@@ -231,7 +246,8 @@ ssd_walk_kernel(bf16 *y, bf16 *states, float *final, float *local, float *local_
                 cp_async<16>(to + i % 32 * 4, (i < 32 ? cs : dts) + from, true);
             }
             if (doc && me < FQ) {
-                cp_async<4>(&sm.doc[buffer][me], doc + r * d.T + chunk * FQ + min(me, left - 1), true);
+                cp_async<4>(&sm.doc[buffer][me], doc + r * d.T + chunk * FQ + min(me, left - 1),
+                            true);
             }
         }
         cp_async_commit();
@@ -270,11 +286,12 @@ ssd_walk_kernel(bf16 *y, bf16 *states, float *final, float *local, float *local_
         load_BC(begin);
         each_pair([&](float &u, float &v, int n, int p) {
             bool there = initial && blockIdx.y == 0 && inside(n, p);
-            float2 s = there ? *(const float2 *)(initial + head + n * P + p) : make_float2(0.0f, 0.0f);
+            float2 s =
+                there ? *(const float2 *)(initial + head + n * P + p) : make_float2(0.0f, 0.0f);
             u = s.x;
             v = s.y;
         });
-        for (int s = 0; SCAN && s < blockIdx.y; s++) {     // what the segments before this one leave
+        for (int s = 0; SCAN && s < blockIdx.y; s++) {    // what the segments before this one leave
             size_t which = (r * (gridDim.y - 1) + s) * d.H + h;
             float through = local_decay[which];
             each_pair([&](float &u, float &v, int n, int p) {
@@ -295,7 +312,7 @@ ssd_walk_kernel(bf16 *y, bf16 *states, float *final, float *local, float *local_
                 });
             }
             cp_async_wait<0>();
-            barrier_wait(BOTH, THREADS);           // this chunk and S are there, the last chunk is done
+            barrier_wait(BOTH, THREADS);       // this chunk and S are there, the last chunk is done
             if (!SCAN) load_BC(chunk + 1);
             if (SCAN && mine) {
                 bf16 *to = states + ((r * chunks + chunk) * d.H + h) * d.N * P;
@@ -400,13 +417,15 @@ ssd_walk_kernel(bf16 *y, bf16 *states, float *final, float *local, float *local_
             }
             doc_before = my_doc[FQ - 1];
             barrier_arrive(FREE, THREADS);         // C and S are no longer needed
-            auto row = [&](int i) { return sm.CB[buffer] + tile[i] * (tile[i] + 1) / 2 * 32 + lane; };
+            auto row = [&](int i) {
+                return sm.CB[buffer] + tile[i] * (tile[i] + 1) / 2 * 32 + lane;
+            };
             auto add = [&](int i, const uint32_t m[4], const uint32_t b[4][4]) {
                 UNROLL for (int p = 0; p < 8; p++) {
                     mma(acc[i][p], m, &b[p / 2][p % 2 * 2]);
                 }
             };
-            auto below = [&](int i, int j, const uint32_t b[4][4]) {       // tile (i,j), j < i, of M
+            auto below = [&](int i, int j, const uint32_t b[4][4]) {      // tile (i,j), j < i, of M
                 uint4 v = row(i)[j * 32];
                 uint32_t f0 = *(const uint32_t *)(ratio[i] + 16 * j + 2 * t4);
                 uint32_t f1 = *(const uint32_t *)(ratio[i] + 16 * j + 2 * t4 + 8);
@@ -436,7 +455,8 @@ ssd_walk_kernel(bf16 *y, bf16 *states, float *final, float *local, float *local_
                 }
                 UNROLL for (int e = 0; e < 4; e++) {
                     int s = 8 * (e / 2) + 2 * t4, past = s - 8 * (e % 2) - g;      // s - l
-                    float2 c = *(const float2 *)(my_cs + a + s), dt = *(const float2 *)(my_dt + a + s);
+                    float2 c = *(const float2 *)(my_cs + a + s),
+                           dt = *(const float2 *)(my_dt + a + s);
                     int2 k = *(const int2 *)(my_doc + a + s);
                     float u = low(m[e]) * decay(l_cs[e % 2] - c.x, l_doc[e % 2] == k.x) * dt.x;
                     float w = high(m[e]) * decay(l_cs[e % 2] - c.y, l_doc[e % 2] == k.y) * dt.y;
@@ -445,10 +465,12 @@ ssd_walk_kernel(bf16 *y, bf16 *states, float *final, float *local, float *local_
                 }
                 add(i, m, b);
             }
-            // Neighbouring lanes swap, so that each has 4 columns of a row: whole sectors are written.
+            // Neighbouring lanes swap, so that each has 4 columns of a row: whole sectors are
+            // written.
             UNROLL for (int i = 0; i < 2; i++) {
                 UNROLL for (int e = 0; e < 4; e += 2) {
-                    int l = chunk * FQ + 16 * tile[i] + g + 4 * e, p = 8 * (lane & 1) + 2 * (lane & 2);
+                    int l = chunk * FQ + 16 * tile[i] + g + 4 * e,
+                        p = 8 * (lane & 1) + 2 * (lane & 2);
                     bf16 *to = y + (r * d.T + l) * d.E + h * P + p;
                     UNROLL for (int j = 0; j < 8; j += 2) {
                         uint32_t u = pack(acc[i][j][e], acc[i][j][e + 1]);
@@ -463,9 +485,9 @@ ssd_walk_kernel(bf16 *y, bf16 *states, float *final, float *local, float *local_
     }
 }
 
-// In how many segments to cut a sequence: 1 when pairs of heads alone fill the 132 multiprocessors, each
-// of which runs one block. In units of the time of a chunk, as measured on an H200: a block takes 2.5
-// more to start, the pass without SCAN takes half the time, and its launch 2.
+// In how many segments to cut a sequence: 1 when pairs of heads alone fill the 132 multiprocessors,
+// each of which runs one block. In units of the time of a chunk, as measured on an H200: a block
+// takes 2.5 more to start, the pass without SCAN takes half the time, and its launch 2.
 static int ssd_segments(const Dims *d) {
     int pairs = (int)(d->R * d->G * pieces(d->H / d->G, 2)), chunks = (int)d->chunks, best = 1;
     float least = INFINITY;
@@ -482,9 +504,9 @@ static int ssd_segments(const Dims *d) {
     return best;
 }
 
-// ---- backward 1: gradients of the states ---------------------------------------------------------
-// A block (4 warps) per head walks the chunks backward with gS (N,P) in float accumulators, N/4 rows a
-// warp; g_y and C come in halves of a chunk.
+// ---- backward 1: gradients of the states --------------------------------------------------------
+// A block (4 warps) per head walks the chunks backward with gS (N,P) in float accumulators, N/4
+// rows a warp; g_y and C come in halves of a chunk.
 constexpr int HALF = 64;
 template<int N> struct WalkBackShared {
     bf16 S[N * (FP + PAD)];                        // S in, then gS out
@@ -601,18 +623,18 @@ ssd_walk_back_kernel(bf16 *g_states, float *kappa, float *g_initial, const bf16 
     });
 }
 
-// ---- backward 2: g_x, g_CB and the row sums of G -------------------------------------------------
+// ---- backward 2: g_x, g_CB and the row sums of G ------------------------------------------------
 // A block (20 warps) per chunk and group loops over the heads of the group, with three roles in a
 // pipeline, one barrier a head:
 //   warps 18-19  copy x and g_y of head i + 2 and gS of head i + 1 to shared memory
 //   warps 8-17   head i + 1: each has one of the ten 32x32 blocks (s,l) on or above the diagonal:
 //                V = x g_y^T; g_CB^T += V o L dt; W = CB^T o L, to shared memory; row sums of G
 //   warps 0-7    head i: 16 rows s each: R = diag(exp(cs_last - cs)) B gS + W g_y; g_x; R . x
-// G is made of the rounded W, the one in R, so that row sums and the column sums in R . x cancel as they
-// must; CB stays in float here, or G would be rounded twice. L of a block above the diagonal is
-// exp2(cs_l - cs of the block's first l) exp2(that - cs of its last s) exp2(that - cs_s).
+// G is made of the rounded W, the one in R, so that row sums and the column sums in R . x cancel as
+// they must; CB stays in float here, or G would be rounded twice. L of a block above the diagonal
+// is exp2(cs_l - cs of the block's first l) exp2(that - cs of its last s) exp2(that - cs_s).
 constexpr int G_X_THREADS = 640;
-__device__ inline int tile_number(int i, int j) { return i * (17 - i) / 2 + j - i; }       // i <= j < 8
+__device__ inline int tile_number(int i, int j) { return i * (17 - i) / 2 + j - i; }   // i <= j < 8
 template<int N> struct GxShared {
     bf16 xy[3][2 * FQ * FP];                       // x, g_y of three heads; at first C and B
     bf16 gS[2][N * FP];                            // of two heads
@@ -630,7 +652,8 @@ ssd_g_x_fast_kernel(bf16 *g_xBC, bf16 *g_CB, float *g_dts, float *rowsum, float 
                     const float *dts, const float *D, const int *doc, Dims d) {
     extern __shared__ __align__(128) unsigned char shared[];
     GxShared<N> &sm = *(GxShared<N> *)shared;
-    int me = threadIdx.x, lane = me % 32, warp = __shfl_sync(~0u, me / 32, 0), g = lane / 4, t4 = lane % 4;
+    int me = threadIdx.x, lane = me % 32, warp = __shfl_sync(~0u, me / 32, 0), g = lane / 4,
+        t4 = lane % 4;
     auto fresh = [&] {                             // addresses made of these are worked out again
         lane = opaque(threadIdx.x) & 31;
         g = lane / 4;
@@ -640,7 +663,7 @@ ssd_g_x_fast_kernel(bf16 *g_xBC, bf16 *g_CB, float *g_dts, float *rowsum, float 
     int rows = min(FQ, (int)d.T - c * FQ), P = d.P;
     size_t r = blockIdx.z, token = r * d.T + c * FQ, number = r * chunks + c;
     const bf16 *C = sm.xy[1], *B = sm.xy[2];       // before the loop
-    size_t steps = ((r * d.H + first) * chunks + c) * FQ;          // of this chunk and the first head
+    size_t steps = ((r * d.H + first) * chunks + c) * FQ;        // of this chunk and the first head
     auto all_meet = [] { barrier_wait(1, G_X_THREADS); };
     if (warp >= 18) {                              // ---- copies ----
         me -= 18 * 32;
@@ -649,7 +672,8 @@ ssd_g_x_fast_kernel(bf16 *g_xBC, bf16 *g_CB, float *g_dts, float *rowsum, float 
             int column = (first + i) * P;
             auto load = [&](int rows) {
                 load_tile<FQ, FP, 0, 64>(to, xBC + token * d.S + column, d.S, rows, P, me);
-                load_tile<FQ, FP, 0, 64>(to + FQ * FP, g_y + token * d.E + column, d.E, rows, P, me);
+                load_tile<FQ, FP, 0, 64>(to + FQ * FP, g_y + token * d.E + column, d.E, rows, P,
+                                         me);
             };
             if (rows < FQ) load(rows);
             else load(FQ);                         // without the comparisons: fewer registers
@@ -724,7 +748,8 @@ ssd_g_x_fast_kernel(bf16 *g_xBC, bf16 *g_CB, float *g_dts, float *rowsum, float 
             fresh();
             const bf16 *x = sm.xy[i % 3], *gy = x + FQ * FP;
             const float *my_cs = sm.cs[i % 3], *my_dt = sm.dt[i % 3] + 32 * I;
-            const float *s_decay = sm.s_decay[i % 3] + 32 * I, *l_decay = sm.l_decay[i % 3] + 32 * J;
+            const float *s_decay = sm.s_decay[i % 3] + 32 * I,
+                        *l_decay = sm.l_decay[i % 3] + 32 * J;
             float sum[8] = {}, trace = 0.0f;
             bool joined = !on_diagonal && sm.doc[32 * J] == sm.doc[32 * I + 31];
             float between = decay(my_cs[32 * J] - my_cs[32 * I + 31], joined);
@@ -746,7 +771,8 @@ ssd_g_x_fast_kernel(bf16 *g_xBC, bf16 *g_CB, float *g_dts, float *rowsum, float 
                     if (on_diagonal && ii > jj) continue;
                     uint32_t w[4];
                     UNROLL for (int n = 0; n < 2; n++) {
-                        float L[4], *V = v[jj][n], *to = g_cb[ii][jj][n], *sums = &sum[4 * jj + 2 * n];
+                        float L[4], *V = v[jj][n], *to = g_cb[ii][jj][n],
+                                    *sums = &sum[4 * jj + 2 * n];
                         int l = 16 * jj + 8 * n + 2 * t4;
                         if (on_diagonal) {
                             UNROLL for (int e = 0; e < 4; e++) {
@@ -773,10 +799,12 @@ ssd_g_x_fast_kernel(bf16 *g_xBC, bf16 *g_CB, float *g_dts, float *rowsum, float 
                         sums[0] += v0 * low(w[2 * n]) + v2 * low(w[2 * n + 1]);
                         sums[1] += v1 * high(w[2 * n]) + v3 * high(w[2 * n + 1]);
                     }
-                    sm.W[i % 2][tile_number(2 * I + ii, 2 * J + jj)][lane] = make_uint4(w[0], w[1], w[2], w[3]);
+                    sm.W[i % 2][tile_number(2 * I + ii, 2 * J + jj)][lane] =
+                        make_uint4(w[0], w[1], w[2], w[3]);
                 }
             }
-            // 8 columns a thread, 8 threads a column: halve until each has the sum of column number g
+            // 8 columns a thread, 8 threads a column: halve until each has the sum of column number
+            // g
             UNROLL for (int half = 4; half; half /= 2) {
                 bool up = g & half;
                 UNROLL for (int k = 0; k < half; k++) {
@@ -789,7 +817,7 @@ ssd_g_x_fast_kernel(bf16 *g_xBC, bf16 *g_CB, float *g_dts, float *rowsum, float 
                 trace = warp_sum(trace);           // of x g_y^T: for g_D
                 if (lane == 0) sm.diagonal[i % 2][I] = trace;
             }
-            all_meet();                            // W of this head is there, and the next head's x, g_y
+            all_meet();                       // W of this head is there, and the next head's x, g_y
         }
         uint32_t *out = (uint32_t *)(g_CB + (number * d.G + blockIdx.y) * FQ * FQ);        // (s,l)
         UNROLL for (int m = 0; m < 8; m++) {
@@ -884,17 +912,17 @@ ssd_g_x_fast_kernel(bf16 *g_xBC, bf16 *g_CB, float *g_dts, float *rowsum, float 
     }
 }
 
-// ---- backward 3 and 4: g_C with pi, and g_B ------------------------------------------------------
-// A block (8 warps of 32 rows x N/2) per chunk and group: the product with g_CB in two steps, then a
-// step for every head, all in one accumulator, so that two blocks fit on a multiprocessor. Rows are
-// scaled in the operand A. C . (a head's part) is the growth of C . accumulator.
+// ---- backward 3 and 4: g_C with pi, and g_B -----------------------------------------------------
+// A block (8 warps of 32 rows x N/2) per chunk and group: the product with g_CB in two steps, then
+// a step for every head, all in one accumulator, so that two blocks fit on a multiprocessor. Rows
+// are scaled in the operand A. C . (a head's part) is the growth of C . accumulator.
 template<int N, bool OF_C> struct GbcShared {
     static constexpr int PADDED = OF_C && N > 64 ? PAD : 0;        // permuting takes registers
     static constexpr int A = FQ * (HALF + PADDED);                 // (Q,64), or of g_CB (64,Q)
     static constexpr int B = N * (HALF + PAD);                     // (64,N), or of a state (N,64)
     bf16 a[2][A], b[2][B], C[OF_C ? FQ * (N + PADDED) : 8];
     float scale[2][FQ], dots[3][2][FQ];            // dots: C . accumulator, by half of the columns;
-};                                                 // three, as a difference is read while one is written
+};                                            // three, as a difference is read while one is written
 
 template<int N, bool OF_C>
 __global__ void __launch_bounds__(256, 2)
@@ -918,7 +946,7 @@ ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, const bf16 *g_CB, const bf16 *state
     pi += ((r * d.H + first) * chunks + c) * FQ + me;
     auto load = [&](int i) {                       // the operands of step i
         bf16 *a = sm.a[i % 2], *b = sm.b[i % 2];
-        if (i < 2) {                               // g_C = g_CB B, stored transposed; g_B = g_CB^T C
+        if (i < 2) {                              // g_C = g_CB B, stored transposed; g_B = g_CB^T C
             const bf16 *other = (OF_C ? B : C) + i * HALF * d.S;
             if (OF_C) load_tile<HALF, FQ, PADDED, 256>(a, g_CB + i * HALF * FQ, FQ, HALF, FQ, me);
             else load_tile<FQ, HALF, PADDED, 256>(a, g_CB + i * HALF, FQ, FQ, HALF, me);
@@ -951,7 +979,8 @@ ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, const bf16 *g_CB, const bf16 *state
     auto finish = [&](int i) {
         if (!OF_C || i < 2 || me >= FQ) return;
         float (*now)[FQ] = sm.dots[i % 3], (*before)[FQ] = sm.dots[(i - 1) % 3];
-        pi[(i - 2) * (size_t)chunks * FQ] = now[0][me] - before[0][me] + (now[1][me] - before[1][me]);
+        pi[(i - 2) * (size_t)chunks * FQ] =
+            now[0][me] - before[0][me] + (now[1][me] - before[1][me]);
     };
     if (OF_C) load_tile<FQ, N, PADDED, 256>(sm.C, C, d.S, rows, d.N, me);
     load(0);
@@ -959,7 +988,7 @@ ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, const bf16 *g_CB, const bf16 *state
     float acc[2][J][4] = {};
     for (int i = 0; i < steps; i++) {
         cp_async_wait<0>();
-        __syncthreads();                           // step i is here; everyone is done with step i - 1
+        __syncthreads();                         // step i is here; everyone is done with step i - 1
         if (i > 0) finish(i - 1);
         if (i + 1 < steps) {
             load(i + 1);
@@ -1008,7 +1037,7 @@ ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, const bf16 *g_CB, const bf16 *state
     }
     __syncthreads();
     finish(steps - 1);
-    bf16 *out = (bf16 *)shared;                    // (Q,N) through shared memory, for 16-byte stores
+    bf16 *out = (bf16 *)shared;                   // (Q,N) through shared memory, for 16-byte stores
     UNROLL for (int m = 0; m < 4; m++) {
         UNROLL for (int j = 0; j < J; j++) {
             const float *v = &acc[m / 2][j][m % 2 * 2];

@@ -1,9 +1,10 @@
-// test_ops.cu: every op of train_mamba2.cu against the CPU's in float64, at odd sizes, in float and bf16.
+// test_ops.cu: every op of train_mamba2.cu against the CPU's in float64, at odd sizes, in float and
+// bf16.
 //
-// Builds with nvcc for a GPU and through dev/emulate for a CPU. `test_ops` runs all; `test_ops quick`
-// leaves out the larger cases (for sanitizers). A line for each tensor: the GPU's error, the CPU's in
-// float32 for the measure, the verdict; exit 1 if one is wrong. Errors are root mean squares of the
-// differences over that of the reference, and a NaN is never right.
+// Builds with nvcc for a GPU and through dev/emulate for a CPU. `test_ops` runs all; `test_ops
+// quick` leaves out the larger cases (for sanitizers). A line for each tensor: the GPU's error, the
+// CPU's in float32 for the measure, the verdict; exit 1 if one is wrong. Errors are root mean
+// squares of the differences over that of the reference, and a NaN is never right.
 //   float   at most twice the CPU's error and 2e-6: sums are in another order
 //   bf16    at most 4 roundings, 4 * 2^-8 / sqrt(12) = 4.5e-3; g_A_log, a small difference of large
 //           sums, 1.5e-2
@@ -14,7 +15,7 @@
 typedef std::vector<double> Values;
 static int passed, failed;
 
-// ---- numbers here, on the device, and in float32 -------------------------------------------------
+// ---- numbers here, on the device, and in float32 ------------------------------------------------
 
 static double uniform() {
     static uint64_t i;
@@ -58,7 +59,9 @@ template<typename X> static Values get(const X *p, size_t count) {
     download(v.data(), p, 1, count, count);
     return Values(v.begin(), v.end());
 }
-static std::vector<float> in_float(const Values &v) { return std::vector<float>(v.begin(), v.end()); }
+static std::vector<float> narrowed(const Values &v) {
+    return std::vector<float>(v.begin(), v.end());
+}
 
 // Columns from..to of rows of `pitch`
 template<typename V>
@@ -88,7 +91,7 @@ static void check(const char *name, const Values &want, const Values &gpu,
     check(name, want, gpu, Values(cpu_float.begin(), cpu_float.end()), bf16_bound);
 }
 
-// ---- sizes ---------------------------------------------------------------------------------------
+// ---- sizes --------------------------------------------------------------------------------------
 
 struct Sizes {
     size_t R, T, M, H, P, N, G, Q, W, F, V;
@@ -103,14 +106,15 @@ template<class D> static D dims(const Sizes &s) {   // cpu::Dims or cpu64::Dims
 }
 static std::vector<int> documents(const Sizes &s, double rate) {
     std::vector<int> doc(s.R * s.T);
-    for (size_t i = 0; i < doc.size(); i++) doc[i] = (i % s.T ? doc[i - 1] : 0) + (uniform() < rate);
+    for (size_t i = 0; i < doc.size(); i++)
+        doc[i] = (i % s.T ? doc[i - 1] : 0) + (uniform() < rate);
     return doc;
 }
 template<typename floatX> static double bound(double at_bf16 = 4.5e-3) {
     return sizeof(floatX) == sizeof(float) ? 0 : at_bf16;
 }
 
-// ---- ssd -----------------------------------------------------------------------------------------
+// ---- ssd ----------------------------------------------------------------------------------------
 
 template<typename floatX>
 static void test_ssd(const Sizes &s, bool with_states, double rate, double longest_dt = 0.1) {
@@ -171,7 +175,7 @@ static void test_ssd(const Sizes &s, bool with_states, double rate, double longe
                       [&](auto... v) { cpu64::ssd_backward(&c64, v...); },
                       [](const Values &v) { return v; });
     auto base = judge(&c, [&](auto... v) { cpu::ssd_forward(&c, v...); },
-                      [&](auto... v) { cpu::ssd_backward(&c, v...); }, in_float);
+                      [&](auto... v) { cpu::ssd_backward(&c, v...); }, narrowed);
     double b = bound<floatX>();
     check("y", want[0], got[0][0], base[0], b);
     auto part = [&](const char *name, size_t from, size_t to) {
@@ -191,7 +195,7 @@ static void test_ssd(const Sizes &s, bool with_states, double rate, double longe
     free_device();
 }
 
-// ---- the recurrence of generation against the parallel form --------------------------------------
+// ---- the recurrence of generation against the parallel form -------------------------------------
 
 template<typename floatX>
 static void test_steps(const Sizes &s) {
@@ -234,7 +238,7 @@ int main(int argc, char **argv) {
     test_ssd<float>({1, 9,   8,  1, 4,  3,  1, 8,  4, 0, 16}, true, 0);
     test_ssd<float>({2, 70,  8,  4, 7,  18, 2, 16, 4, 0, 16}, true, 0.05);
     test_ssd<bf16>({2, 70,   8,  4, 7,  18, 2, 16, 4, 0, 16}, true, 0.05);
-    test_ssd<bf16>({1, 50,   8,  3, 8,  8,  1, 128, 4, 0, 16}, true, 0.05);        // the fast kernels
+    test_ssd<bf16>({1, 50,   8,  3, 8,  8,  1, 128, 4, 0, 16}, true, 0.05);      // the fast kernels
     test_ssd<bf16>({1, 150,  8,  3, 64, 64, 1, 128, 4, 0, 16}, true, 0.02);
     test_steps<float>({2, 11, 8, 4, 10, 6, 2, 8, 4, 0, 16});
     test_steps<bf16>({2, 11, 8, 4, 10, 6, 2, 8, 3, 0, 16});

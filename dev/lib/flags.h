@@ -88,6 +88,13 @@ static void flags_parse(int argc, char **argv) {
         }
         if (!*value && i != FLAG_prompt && strcmp(type, "Opt"))
             die_usage("%s needs a value", flag_name(i));
+        for (const char *c = value, *end = c + strlen(c); c < end && i != FLAG_prompt; ) {
+            uint32_t code;
+            size_t n = utf8_decode(c, end, &code);
+            if (!n) die_usage("%s: its value is not valid UTF-8, which log and checkpoint need",
+                              flag_name(i));
+            c += n;
+        }
         flag_set(i, value);
         given[i] = 1;
     }

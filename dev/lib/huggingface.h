@@ -33,8 +33,7 @@ static void read_config(const char *dir, Dims *d) {
     CHECK(!json_bool(c, path, "use_bias", 0), "%s: use_bias is true; linear layers with a bias are "
           "not supported", path);
     CHECK(json_bool(c, path, "use_conv_bias", 1), "%s: use_conv_bias is false; a convolution "
-          "without "
-          "a bias is not supported", path);
+          "without a bias is not supported", path);
     CHECK(json_bool(c, path, "rms_norm", 1), "%s: rms_norm is false; only RMSNorm is supported",
           path);
     memset(d, 0, sizeof *d);
@@ -73,17 +72,17 @@ static void read_config(const char *dir, Dims *d) {
 static void put_config(Text *t, const Dims *d, int eot) {
     put(t, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n",
         d->F ? "Mamba2MLPForCausalLM" : "Mamba2ForCausalLM", d->F ? "mamba2_mlp" : "mamba2");
-    put(t, "  \"vocab_size\": %zu,\n  \"hidden_size\": %zu,\n  \"num_hidden_layers\": %zu,\n"
-        "  \"state_size\": %zu,\n  \"expand\": %zu,\n  \"head_dim\": %zu,\n  \"num_heads\": %zu,\n"
-        "  \"n_groups\": %zu,\n  \"conv_kernel\": %zu,\n  \"chunk_size\": %zu,\n",
+    put(t, "  \"vocab_size\": %zu,\n  \"hidden_size\": %zu,\n  \"num_hidden_layers\": %zu,\n  "
+        "\"state_size\": %zu,\n  \"expand\": %zu,\n  \"head_dim\": %zu,\n  \"num_heads\": %zu,\n  "
+        "\"n_groups\": %zu,\n  \"conv_kernel\": %zu,\n  \"chunk_size\": %zu,\n",
         d->V, d->M, d->L, d->N, d->E/d->M, d->P, d->H, d->G, d->W, d->Q);
     if (d->F) put(t, "  \"d_intermediate\": %zu,\n", d->F);
     if (d->dt_lo > 0 || d->dt_hi < INFINITY)                 // a bare Infinity is not JSON
         put(t, "  \"time_step_limit\": [%#.17g, %#.17g],\n", d->dt_lo,
             d->dt_hi < INFINITY ? d->dt_hi : 3.4028234663852886e38);
-    put(t, "  \"hidden_act\": \"silu\",\n  \"use_bias\": false,\n  \"use_conv_bias\": true,\n"
-        "  \"rms_norm\": true,\n  \"residual_in_fp32\": true,\n  \"layer_norm_epsilon\": %#.17g,\n"
-        "  \"tie_word_embeddings\": %s,\n", d->eps, d->tied ? "true" : "false");
+    put(t, "  \"hidden_act\": \"silu\",\n  \"use_bias\": false,\n  \"use_conv_bias\": true,\n  "
+        "\"rms_norm\": true,\n  \"residual_in_fp32\": true,\n  \"layer_norm_epsilon\": %#.17g,\n  "
+        "\"tie_word_embeddings\": %s,\n", d->eps, d->tied ? "true" : "false");
     if (eot >= 0) put(t, "  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n  \"pad_token_id\": "
                       "%d,\n",
                       eot, eot, eot);

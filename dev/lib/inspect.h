@@ -130,11 +130,11 @@ static int compare_dump(Run *run) {
     return bad;
 }
 
-// ---- multiple choice: the evaluation files of llm.c ----------------------------------------------
+// ---- multiple choice: the evaluation files of llm.c ---------------------------------------------
 // 256 int32 (20240522, 1, examples, longest example), then 16-bit numbers, for each example:
 // 65535, bytes, index, label, choices, context size, the context, and for each choice its size and
-// its tokens. A choice's score is the log-likelihood of its tokens; acc takes the best sum, acc_norm
-// the best mean over the tokens (llm.c's rule).
+// its tokens. A choice's score is the log-likelihood of its tokens; acc takes the best sum,
+// acc_norm the best mean over the tokens (llm.c's rule).
 
 static int is_task_file(const char *path) {
     int32_t magic = 0;
@@ -179,13 +179,13 @@ static int eval_tasks(Run *run) {
               examples);
         next_word(&w), next_word(&w);
         size_t label = next_word(&w), choices = next_word(&w), context = next_word(&w);
-        CHECK(context > 0 && context < LONGEST, "%s: example %zu has a context of %zu "
-              "tokens", w.path, examples, context);
+        CHECK(context > 0 && context < LONGEST, "%s: example %zu has a context of %zu tokens",
+              w.path, examples, context);
         for (size_t i = 0; i < context; i++) ids[i] = (int)next_word(&w);
         for (size_t c = 0; c < choices; c++) {
             size_t size = next_word(&w);
-            CHECK(size > 0 && context + size <= LONGEST, "%s: example %zu has a choice of "
-                  "%zu tokens", w.path, examples, size);
+            CHECK(size > 0 && context + size <= LONGEST, "%s: example %zu has a choice of %zu "
+                  "tokens", w.path, examples, size);
             for (size_t i = 0; i < size; i++) ids[context + i] = (int)next_word(&w);
             for (size_t i = 0; i < context + size; i++)
                 CHECK((size_t)ids[i] < run->m.d.V, "%s: token %d is outside the vocabulary of %zu",

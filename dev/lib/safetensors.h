@@ -72,8 +72,7 @@ static Range tensor_range(const TensorFile *f, const Json *entry, const char *na
     CHECK(offsets->span == 3, "%s: %s has no two data_offsets", f->path, name);
     Range r = { json_size(offsets + 1, f->path, name), json_size(offsets + 2, f->path, name) };
     CHECK(r.begin <= r.end && r.end <= f->size - f->start, "%s: %s lies at bytes %zu to %zu, "
-          "beyond "
-          "the end: the file is cut off or damaged", f->path, name, r.begin, r.end);
+          "beyond the end: the file is cut off or damaged", f->path, name, r.begin, r.end);
     return r;
 }
 
@@ -97,8 +96,7 @@ static TensorFile tensor_file_open(const char *path) {
     uint64_t header;
     memcpy(&header, f.data, 8);
     CHECK(header <= 100000000 && header <= f.size - 8, "%s: a header of %" PRIu64 " bytes in a "
-          "file "
-          "of %zu: no safetensors file, or cut off", path, header, f.size);
+          "file of %zu: no safetensors file, or cut off", path, header, f.size);
     f.start = 8 + (size_t)header;
     f.header = json_parse(path, f.data + 8, (size_t)header);
     json_expect(f.header, JSON_OBJECT, path, "header");
