@@ -813,34 +813,58 @@ static void scale_rows(real *out, const real *w, const real *in, size_t ld, size
         SIMD for (size_t j = 0; j < cols; j++) out[i*cols + j] = w[i]*in[i*ld + j];
 }
 
+// out (rows,cols), contiguous = in, pitch ld: rows that lie far apart would fight for the same few
+// lines of L1
+static void gather(real *out, const real *in, size_t ld, size_t rows, size_t cols) {
+    for (size_t i = 0; i < rows; i++) memcpy(out + i*cols, in + i*ld, cols*sizeof(real));
+}
+
+// Steps 1 and 3 go through the chunks in order; in parallel go the rows and their groups, and if
+// these are fewer than the threads, parts of the heads of a group.
+typedef struct { size_t r, g, first, last; } Heads;
+
+static size_t ssd_parts(const Dims *d) {
+    size_t parts = ceil_div((size_t)omp_get_max_threads(), d->R*d->G);
+    return parts < d->H/d->G ? parts : d->H/d->G;
+}
+
+static Heads ssd_heads(const Dims *d, size_t i, size_t parts) {
+    size_t of_group = d->H/d->G, each = ceil_div(of_group, parts), g = i/parts % d->G;
+    size_t first = i % parts*each, last = first + each < of_group ? first + each : of_group;
+    Heads h = { i/parts/d->G, g, g*of_group + first, g*of_group + last };
+    return h;
+}
+
 // Step 1: states before each chunk, and the last one of each row
 static void ssd_states(const Dims *d, real *states, real *final, const real *xBC, const real *dt,
                        const real *A_log, const real *initial, const int *doc) {
-    size_t H = d->H, P = d->P, N = d->N, Q = d->Q, S = d->S, NP = N*P;
+    size_t H = d->H, P = d->P, N = d->N, Q = d->Q, S = d->S, NP = N*P, parts = ssd_parts(d);
     OMP(parallel)
     {
-        real *a = alloc_reals(4*Q + Q*P), *in = a + Q, *out = in + Q, *dt_h = out + Q,
-        *u = dt_h + Q;
-        OMP(for schedule(static) collapse(2))
-        for (size_t r = 0; r < d->R; r++)
-            for (size_t h = 0; h < H; h++) {
-                real *state = states + (r*d->chunks*H + h)*NP;
-                if (initial) memcpy(state, initial + (r*H + h)*NP, NP*sizeof(real));
-                else memset(state, 0, NP*sizeof(real));
-                for (size_t k = 0; k < d->chunks; k++) {
-                    Chunk c = chunk_at(d, xBC, r*d->chunks + k, h/(H/d->G));
-                    real *next = k + 1 < d->chunks ? state + H*NP
-                               : final ? final + (r*H + h)*NP : NULL;
-                    if (!next) break;
+        real *a = alloc_reals(4*Q + Q*P + Q*N), *in = a + Q, *out = in + Q, *dt_h = out + Q;
+        real *u = dt_h + Q, *B = u + Q*P;
+        OMP(for schedule(static))
+        for (size_t i = 0; i < d->R*d->G*parts; i++) {
+            Heads part = ssd_heads(d, i, parts);
+            for (size_t k = 0; k < d->chunks; k++) {
+                Chunk c = chunk_at(d, xBC, part.r*d->chunks + k, part.g);
+                gather(B, c.B, S, c.len, N);
+                for (size_t h = part.first; h < part.last; h++) {
+                    size_t rh = part.r*H + h;
+                    real *state = states + (c.index*H + h)*NP;
+                    real *next = k + 1 < d->chunks ? state + H*NP : final ? final + rh*NP : NULL;
+                    if (!k && initial) memcpy(state, initial + rh*NP, NP*sizeof(real));
+                    if (!k && !initial) memset(state, 0, NP*sizeof(real));
+                    if (!next) continue;
                     ssd_decay(d, a, dt_h, &c, dt, A_log[h], h, doc);
                     real total = ssd_in_out(in, out, a, c.len);
-                    for (size_t i = 0; i < c.len; i++) out[i] *= dt_h[i];
+                    for (size_t t = 0; t < c.len; t++) out[t] *= dt_h[t];
                     scale_rows(u, out, c.x + h*P, S, c.len, P);
                     memcpy(next, state, NP*sizeof(real));
-                    matmul_small(next, P, c.B, 1, S, u, P, N, P, c.len, total);
-                    state = next;
+                    matmul_small(next, P, B, 1, N, u, P, N, P, c.len, total);
                 }
             }
+        }
         free(a);
     }
 }
@@ -854,27 +878,30 @@ static void ssd_forward(const Dims *d, real *y, real *states, real *final, const
     ssd_states(d, states, final, xBC, dt, A_log, initial, doc);
     OMP(parallel)
     {
-        real *L = alloc_reals(2*Q*Q + N*Q + 4*Q), *CB = L + Q*Q, *Bt = CB + Q*Q, *a = Bt + N*Q;
-        real *in = a + Q, *out = in + Q, *dt_h = out + Q;
+        real *L = alloc_reals(2*Q*Q + 2*N*Q + 2*Q*P + 4*Q), *CB = L + Q*Q, *Bt = CB + Q*Q;
+        real *C = Bt + N*Q, *x = C + N*Q, *yh = x + Q*P, *a = yh + Q*P, *in = a + Q, *out = in + Q;
+        real *dt_h = out + Q;
         OMP(for schedule(static) collapse(2))
         for (size_t k = 0; k < d->R*d->chunks; k++)
             for (size_t g = 0; g < G; g++) {
                 Chunk c = chunk_at(d, xBC, k, g);
+                gather(C, c.C, S, c.len, N);
                 transpose(Bt, Q, c.B, S, c.len, N);
-                matmul_small(CB, Q, c.C, S, 1, Bt, Q, c.len, c.len, N, 0);
+                matmul_small(CB, Q, C, N, 1, Bt, Q, c.len, c.len, N, 0);
                 for (size_t h = g*(H/G); h < (g + 1)*(H/G); h++) {       // step 2
-                    real *yh = y + c.first*E + h*P;
-                    const real *x = c.x + h*P;
+                    gather(x, c.x + h*P, S, c.len, P);
                     ssd_decay(d, a, dt_h, &c, dt, A_log[h], h, doc);
                     ssd_in_out(in, out, a, c.len);
                     ssd_mask(L, a, c.len, Q);
-                    matmul_small(yh, E, c.C, S, 1, states + (k*H + h)*N*P, P, c.len, P, N, 0);
+                    matmul_small(yh, P, C, N, 1, states + (k*H + h)*N*P, P, c.len, P, N, 0);
                     for (size_t i = 0; i < c.len; i++) {
-                        SIMD for (size_t j = 0; j < c.len; j++) L[i*Q + j] *= CB[i*Q + j]*dt_h[j];
+                        SIMD for (size_t j = 0; j <= i; j++) L[i*Q + j] *= CB[i*Q + j]*dt_h[j];
                         SIMD for (size_t p = 0; p < P; p++)
-                            yh[i*E + p] = in[i]*yh[i*E + p] + D[h]*x[i*S + p];
+                            yh[i*P + p] = in[i]*yh[i*P + p] + D[h]*x[i*P + p];
                     }
-                    matmul_small(yh, E, L, Q, 1, x, S, c.len, P, c.len, 1);
+                    matmul_small(yh, P, L, Q, 1, x, P, c.len, P, c.len, 1);
+                    for (size_t i = 0; i < c.len; i++)
+                        memcpy(y + (c.first + i)*E + h*P, yh + i*P, P*sizeof(real));
                 }
             }
         free(L);
@@ -886,28 +913,32 @@ static void ssd_states_backward(const Dims *d, real *g_states, real *g_initial, 
                                 const real *g_final, const real *xBC, const real *dt,
                                 const real *A_log, const int *doc) {
     size_t E = d->E, H = d->H, P = d->P, N = d->N, Q = d->Q, S = d->S, NP = N*P;
+    size_t parts = ssd_parts(d);
     OMP(parallel)
     {
-        real *a = alloc_reals(4*Q + Q*P), *in = a + Q, *out = in + Q, *dt_h = out + Q,
-        *u = dt_h + Q;
-        OMP(for schedule(static) collapse(2))
-        for (size_t r = 0; r < d->R; r++)
-            for (size_t h = 0; h < H; h++) {
-                real *g = g_states + ((r + 1)*d->chunks - 1)*H*NP + h*NP;
-                if (g_final) memcpy(g, g_final + (r*H + h)*NP, NP*sizeof(real));
-                else memset(g, 0, NP*sizeof(real));
-                for (size_t k = d->chunks; k-- > 0; ) {
-                    Chunk c = chunk_at(d, xBC, r*d->chunks + k, h/(H/d->G));
-                    real *before = k ? g - H*NP : g_initial ? g_initial + (r*H + h)*NP : NULL;
-                    if (!before) break;
+        real *a = alloc_reals(4*Q + Q*P + Q*N), *in = a + Q, *out = in + Q, *dt_h = out + Q;
+        real *u = dt_h + Q, *C = u + Q*P;
+        OMP(for schedule(static))
+        for (size_t i = 0; i < d->R*d->G*parts; i++) {
+            Heads part = ssd_heads(d, i, parts);
+            for (size_t k = d->chunks; k-- > 0; ) {
+                Chunk c = chunk_at(d, xBC, part.r*d->chunks + k, part.g);
+                gather(C, c.C, S, c.len, N);
+                for (size_t h = part.first; h < part.last; h++) {
+                    size_t rh = part.r*H + h, last = k + 1 == d->chunks;
+                    real *g = g_states + (c.index*H + h)*NP;
+                    real *before = k ? g - H*NP : g_initial ? g_initial + rh*NP : NULL;
+                    if (last && g_final) memcpy(g, g_final + rh*NP, NP*sizeof(real));
+                    if (last && !g_final) memset(g, 0, NP*sizeof(real));
+                    if (!before) continue;
                     ssd_decay(d, a, dt_h, &c, dt, A_log[h], h, doc);
                     real total = ssd_in_out(in, out, a, c.len);
                     scale_rows(u, in, g_y + c.first*E + h*P, E, c.len, P);
                     memcpy(before, g, NP*sizeof(real));
-                    matmul_small(before, P, c.C, 1, S, u, P, N, P, c.len, total);
-                    g = before;
+                    matmul_small(before, P, C, 1, N, u, P, N, P, c.len, total);
                 }
             }
+        }
         free(a);
     }
 }
@@ -929,19 +960,19 @@ static void ssd_g_a(real *g_a, real *path, const real *rho, const real *pi, real
     for (size_t t = 0; t < len; t++) g_a[t] += before, before += rho[t];
 }
 
-// The work space of one thread in step 4, all pitches Q but R's and u's
-typedef struct { real *L, *CB, *g_CB, *path, *Bt, *Ct, *xt, *gt, *R, *gBt, *gCt, *tmp, *a, *in,
-                *out,
-                 *dt, *rho, *pi, *g_a; } SsdWork;
+// The work space of one thread in step 4, in the order of use: pitch Q, but N of B and C and P of x,
+// gy and R
+typedef struct { real *L, *CB, *g_CB, *path, *B, *C, *Bt, *Ct, *x, *gy, *xt, *gt, *R, *gBt, *gCt,
+                 *tmp, *a, *in, *out, *dt, *rho, *pi, *g_a; } SsdWork;
 
 static SsdWork ssd_work(const Dims *d) {
-    size_t Q = d->Q, P = d->P, N = d->N, i = 0;
-    size_t sizes[] = { Q*Q, Q*Q, Q*Q, Q*Q, N*Q, N*Q, P*Q, P*Q, Q*P, N*Q, N*Q, N*Q,
-                       Q, Q, Q, Q, Q, Q, Q }, sum = 0;
+    size_t QQ = d->Q*d->Q, QP = d->Q*d->P, NQ = d->N*d->Q, Q = d->Q, sum = 0;
+    size_t sizes[] = { QQ, QQ, QQ, QQ, NQ, NQ, NQ, NQ, QP, QP, QP, QP, QP, NQ, NQ, NQ,
+                       Q, Q, Q, Q, Q, Q, Q };
     SsdWork w;
-    for (i = 0; i < sizeof sizes/sizeof *sizes; i++) sum += round_up(sizes[i], 16);
+    for (size_t i = 0; i < sizeof w/sizeof(real *); i++) sum += round_up(sizes[i], 16);
     real *p = alloc_reals(sum);
-    for (i = 0; i < sizeof sizes/sizeof *sizes; i++)
+    for (size_t i = 0; i < sizeof w/sizeof(real *); i++)
         ((real **)&w)[i] = p, p += round_up(sizes[i], 16);
     return w;
 }
@@ -953,19 +984,21 @@ static void ssd_head_backward(const Dims *d, const SsdWork *w, const Chunk *c, s
                               const real *state, const real *g_state, const real *dt,
                               const real *A_log, const real *D, const int *doc) {
     size_t E = d->E, H = d->H, P = d->P, N = d->N, Q = d->Q, S = d->S, len = c->len;
-    const real *x = c->x + h*P, *gy = g_y + c->first*E + h*P;
+    const real *x = w->x, *gy = w->gy;
+    gather(w->x, c->x + h*P, S, len, P);
+    gather(w->gy, g_y + c->first*E + h*P, E, len, P);
     ssd_decay(d, w->a, w->dt, c, dt, A_log[h], h, doc);
     real total = ssd_in_out(w->in, w->out, w->a, len), kappa = 0;
     ssd_mask(w->L, w->a, len, Q);
-    transpose(w->xt, Q, x, S, len, P);
-    transpose(w->gt, Q, gy, E, len, P);
+    transpose(w->xt, Q, x, P, len, P);
+    transpose(w->gt, Q, gy, P, len, P);
 
     // the gradients of CB and of its paths; from here on L is CB o L
-    matmul_small(w->path, Q, gy, E, 1, w->xt, Q, len, len, P, 0);
+    matmul_small(w->path, Q, gy, P, 1, w->xt, Q, len, len, P, 0);
     for (size_t l = 0; l < len; l++) {
         real *path = w->path + l*Q, *g_CB = w->g_CB + l*Q, *L = w->L + l*Q;
         const real *CB = w->CB + l*Q;
-        SIMD for (size_t s = 0; s < len; s++) {
+        SIMD for (size_t s = 0; s <= l; s++) {
             real v = path[s]*L[s]*w->dt[s];
             g_CB[s] += v;
             path[s] = v*CB[s];
@@ -974,22 +1007,22 @@ static void ssd_head_backward(const Dims *d, const SsdWork *w, const Chunk *c, s
     }
 
     // R = out (B g_S') + (CB o L)^T g_y, and what depends on its rows
-    matmul_small(w->R, P, c->B, S, 1, g_state, P, len, P, N, 0);
+    matmul_small(w->R, P, w->B, N, 1, g_state, P, len, P, N, 0);
     for (size_t s = 0; s < len; s++) {
         real *R = w->R + s*P, dot = 0;
         SIMD for (size_t p = 0; p < P; p++) R[p] *= w->out[s];
         OMP(simd reduction(+:dot))
-        for (size_t p = 0; p < P; p++) dot += R[p]*x[s*S + p];
+        for (size_t p = 0; p < P; p++) dot += R[p]*x[s*P + p];
         w->rho[s] = w->dt[s]*dot;
     }
-    matmul_small(w->R, P, w->L, 1, Q, gy, E, len, P, len, 1);
+    matmul_small(w->R, P, w->L, 1, Q, gy, P, len, P, len, 1);
     for (size_t s = 0; s < len; s++) {
         real *R = w->R + s*P, *gx = g_xBC + (c->first + s)*S + h*P, Rx = 0, gyx = 0;
         OMP(simd reduction(+:Rx,gyx))
         for (size_t p = 0; p < P; p++) {
-            Rx += R[p]*x[s*S + p];
-            gyx += gy[s*E + p]*x[s*S + p];
-            gx[p] = w->dt[s]*R[p] + D[h]*gy[s*E + p];
+            Rx += R[p]*x[s*P + p];
+            gyx += gy[s*P + p]*x[s*P + p];
+            gx[p] = w->dt[s]*R[p] + D[h]*gy[s*P + p];
         }
         g_dt[(c->first + s)*H + h] = Rx;
         g_D[(c->first + s)*H + h] = gyx;
@@ -1034,9 +1067,11 @@ static void ssd_backward(const Dims *d, real *g_xBC, real *g_dt, real *g_A_log, 
             for (size_t g = 0; g < G; g++) {
                 Chunk c = chunk_at(d, xBC, k, g);
                 real *gB = g_xBC + c.first*S + (size_t)(c.B - c.x), *gC = gB + G*N;
-                transpose(w.Bt, Q, c.B, S, c.len, N);
-                transpose(w.Ct, Q, c.C, S, c.len, N);
-                matmul_small(w.CB, Q, c.C, S, 1, w.Bt, Q, c.len, c.len, N, 0);
+                gather(w.B, c.B, S, c.len, N);
+                gather(w.C, c.C, S, c.len, N);
+                transpose(w.Bt, Q, w.B, N, c.len, N);
+                transpose(w.Ct, Q, w.C, N, c.len, N);
+                matmul_small(w.CB, Q, w.C, N, 1, w.Bt, Q, c.len, c.len, N, 0);
                 memset(w.g_CB, 0, Q*Q*sizeof(real));
                 memset(w.gBt, 0, N*Q*sizeof(real));
                 memset(w.gCt, 0, N*Q*sizeof(real));
@@ -1046,8 +1081,8 @@ static void ssd_backward(const Dims *d, real *g_xBC, real *g_dt, real *g_A_log, 
                                       D, doc);
                 transpose(gB, S, w.gBt, Q, N, c.len);
                 transpose(gC, S, w.gCt, Q, N, c.len);
-                matmul_small(gB, S, w.g_CB, 1, Q, c.C, S, c.len, N, c.len, 1);
-                matmul_small(gC, S, w.g_CB, Q, 1, c.B, S, c.len, N, c.len, 1);
+                matmul_small(gB, S, w.g_CB, 1, Q, w.C, N, c.len, N, c.len, 1);
+                matmul_small(gC, S, w.g_CB, Q, 1, w.B, N, c.len, N, c.len, 1);
             }
         free(w.L);
     }

@@ -195,6 +195,130 @@ static void test_ssd(const Sizes &s, bool with_states, double rate, double longe
     free_device();
 }
 
+// ---- the other ops ------------------------------------------------------------------------------
+
+// A tensor here in double and float, and on the device as X.
+template<typename X> struct Tensor {
+    Values v;
+    std::vector<float> f;
+    X *x;
+    explicit Tensor(Values values) : v(values) {
+        x = put<X>(v);
+        f = narrowed(v);
+    }
+    void check_against(const char *name, double b = 0) { check(name, v, get(x, v.size()), f, b); }
+};
+
+template<typename floatX>
+static void test_norms(const Sizes &s) {
+    auto c = dims<cpu::Dims>(s);
+    auto c64 = dims<cpu64::Dims>(s);
+    Dims d(c);
+    double b = bound<floatX>();
+    size_t n = d.n, M = d.M, E = d.E, Z = d.Z;
+    printf("norms %s: %zu rows, M %zu, E %zu in %zu groups\n",
+           sizeof(floatX) == 4 ? "float" : "bf16", n, M, E, d.G);
+    Tensor<float> resid(normals(n * M)), w(normals(M)), rstd{Values(n)}, g_resid(normals(n * M));
+    Tensor<float> g_w(normals(M));
+    Tensor<floatX> u{Values(n * M)}, g_u(normals(n * M)), copy{Values(n * M)};
+    rmsnorm_forward(&d, u.x, rstd.x, resid.x, w.x);
+    cpu64::rmsnorm_forward(&c64, u.v.data(), rstd.v.data(), resid.v.data(), w.v.data());
+    cpu::rmsnorm_forward(&c, u.f.data(), rstd.f.data(), resid.f.data(), w.f.data());
+    rmsnorm_backward(&d, g_resid.x, g_w.x, g_u.x, resid.x, rstd.x, w.x, copy.x);
+    cpu64::rmsnorm_backward(&c64, g_resid.v.data(), g_w.v.data(), g_u.v.data(), resid.v.data(),
+                            rstd.v.data(), w.v.data());
+    cpu::rmsnorm_backward(&c, g_resid.f.data(), g_w.f.data(), g_u.f.data(), resid.f.data(),
+                          rstd.f.data(), w.f.data());
+    u.check_against("u", b);
+    rstd.check_against("rstd");
+    g_resid.check_against("g_resid");
+    g_w.check_against("g_w");
+
+    // z with the pitch of the device there, without it here
+    Values z = normals(n * Z), padded(n * d.pitch);
+    for (size_t i = 0; i < n * Z; i++)
+        padded[i / Z * d.pitch + i % Z] = z[i] = (float)(floatX)(float)z[i];
+    Tensor<floatX> zs(padded), y(normals(n * E)), o{Values(n * E)}, g_o(normals(n * E));
+    Tensor<floatX> g_y{Values(n * E)}, g_zs{Values(n * d.pitch)};
+    Tensor<float> wg(normals(E)), rstd_g{Values(n * d.G)}, g_wg(normals(E));
+    std::vector<float> zf = narrowed(z), g_zf(n * Z);
+    Values g_z(n * Z);
+    gated_rmsnorm_forward(&d, o.x, rstd_g.x, y.x, zs.x, wg.x);
+    cpu64::gated_rmsnorm_forward(&c64, o.v.data(), rstd_g.v.data(), y.v.data(), z.data(),
+                                 wg.v.data());
+    cpu::gated_rmsnorm_forward(&c, o.f.data(), rstd_g.f.data(), y.f.data(), zf.data(), wg.f.data());
+    gated_rmsnorm_backward(&d, g_y.x, g_zs.x, g_wg.x, g_o.x, y.x, zs.x, rstd_g.x, wg.x);
+    cpu64::gated_rmsnorm_backward(&c64, g_y.v.data(), g_z.data(), g_wg.v.data(), g_o.v.data(),
+                                  y.v.data(), z.data(), rstd_g.v.data(), wg.v.data());
+    cpu::gated_rmsnorm_backward(&c, g_y.f.data(), g_zf.data(), g_wg.f.data(), g_o.f.data(),
+                                y.f.data(), zf.data(), rstd_g.f.data(), wg.f.data());
+    o.check_against("o", b);
+    g_y.check_against("g_y", b);
+    g_wg.check_against("g_norm_g");
+    check("g_z", columns(g_z, Z, 0, E), columns(get(g_zs.x, n * d.pitch), d.pitch, 0, E),
+          columns(g_zf, Z, 0, E), b);
+    free_device();
+}
+
+template<typename floatX>
+static void test_conv(const Sizes &s, double rate, bool with_past) {
+    auto c = dims<cpu::Dims>(s);
+    auto c64 = dims<cpu64::Dims>(s);
+    Dims d(c);
+    double b = bound<floatX>();
+    size_t n = d.n, Z = d.Z, S = d.S, W = d.W;
+    printf("conv1d %s: %zu x %zu, S %zu, W %zu%s\n", sizeof(floatX) == 4 ? "float" : "bf16", s.R,
+           s.T, S, W, with_past ? ", past" : "");
+    std::vector<int> docs = documents(s, rate);
+    const int *doc = rate > 0 ? docs.data() : NULL, *gpu_doc = rate > 0 ? put(docs) : NULL;
+    Values z = normals(n * Z), padded(n * d.pitch), g_z(n * Z);
+    for (size_t i = 0; i < n * Z; i++)
+        padded[i / Z * d.pitch + i % Z] = z[i] = (float)(floatX)(float)z[i];
+    std::vector<float> zf = narrowed(z), g_zf(n * Z);
+    Tensor<floatX> zs(padded), xBC{Values(n * S)}, g_xBC(normals(n * S)), g_zs{Values(n * d.pitch)};
+    Tensor<floatX> past(normals(d.R * (W - 1) * S));
+    Tensor<float> w(normals(S * W)), bias(normals(S)), g_w(normals(S * W)), g_b(normals(S));
+    floatX *p = with_past ? past.x : NULL;
+    double *p64 = with_past ? past.v.data() : NULL;
+    float *p32 = with_past ? past.f.data() : NULL;
+    conv1d_forward(&d, xBC.x, zs.x, w.x, bias.x, p, gpu_doc);
+    cpu64::conv1d_forward(&c64, xBC.v.data(), z.data(), w.v.data(), bias.v.data(), p64, doc);
+    cpu::conv1d_forward(&c, xBC.f.data(), zf.data(), w.f.data(), bias.f.data(), p32, doc);
+    conv1d_backward(&d, g_zs.x, g_w.x, g_b.x, g_xBC.x, zs.x, w.x, bias.x, p, gpu_doc);
+    cpu64::conv1d_backward(&c64, g_z.data(), g_w.v.data(), g_b.v.data(), g_xBC.v.data(), z.data(),
+                           w.v.data(), bias.v.data(), p64, doc);
+    cpu::conv1d_backward(&c, g_zf.data(), g_w.f.data(), g_b.f.data(), g_xBC.f.data(), zf.data(),
+                         w.f.data(), bias.f.data(), p32, doc);
+    xBC.check_against("xBC", b);
+    g_w.check_against("g_w");
+    g_b.check_against("g_b");
+    check("g_in", columns(g_z, Z, d.E, d.E + S),
+          columns(get(g_zs.x, n * d.pitch), d.pitch, d.E, d.E + S), columns(g_zf, Z, d.E, d.E + S),
+          b);
+    free_device();
+}
+
+template<typename floatX>
+static void test_linear(size_t n, size_t I, size_t O) {
+    double b = bound<floatX>();
+    printf("linear %s: %zu x %zu x %zu\n", sizeof(floatX) == 4 ? "float" : "bf16", n, I, O);
+    Tensor<floatX> in(normals(n * I)), weight(normals(O * I)), out{Values(n * O)};
+    Tensor<floatX> g_out(normals(n * O)), g_in{Values(n * I)};
+    Tensor<float> g_weight(normals(O * I));
+    linear_forward(out.x, in.x, weight.x, n, I, O, 0);
+    cpu64::linear_forward(out.v.data(), in.v.data(), weight.v.data(), n, I, O, 0);
+    cpu::linear_forward(out.f.data(), in.f.data(), weight.f.data(), n, I, O, 0);
+    linear_backward(g_in.x, g_weight.x, g_out.x, in.x, weight.x, n, I, O, 1);
+    cpu64::linear_backward(g_in.v.data(), g_weight.v.data(), g_out.v.data(), in.v.data(),
+                           weight.v.data(), n, I, O, 1);
+    cpu::linear_backward(g_in.f.data(), g_weight.f.data(), g_out.f.data(), in.f.data(),
+                         weight.f.data(), n, I, O, 1);
+    out.check_against("out", b);
+    g_in.check_against("g_in", b);
+    g_weight.check_against("g_weight");
+    free_device();
+}
+
 // ---- the recurrence of generation against the parallel form -------------------------------------
 
 template<typename floatX>
@@ -240,6 +364,14 @@ int main(int argc, char **argv) {
     test_ssd<bf16>({2, 70,   8,  4, 7,  18, 2, 16, 4, 0, 16}, true, 0.05);
     test_ssd<bf16>({1, 50,   8,  3, 8,  8,  1, 128, 4, 0, 16}, true, 0.05);      // the fast kernels
     test_ssd<bf16>({1, 150,  8,  3, 64, 64, 1, 128, 4, 0, 16}, true, 0.02);
+    test_norms<float>({2, 37, 20, 4, 6, 5, 2, 16, 4, 0, 16});
+    test_norms<bf16>({2, 37, 72, 4, 16, 8, 2, 16, 4, 0, 16});
+    test_conv<float>({2, 37, 8, 3, 6, 5, 1, 16, 4, 0, 16}, 0.1, true);
+    test_conv<bf16>({2, 70, 8, 4, 16, 8, 1, 16, 3, 0, 16}, 0.1, true);
+    test_conv<bf16>({1, 70, 8, 4, 16, 8, 1, 16, 6, 0, 16}, 0, false);
+    test_linear<float>(37, 20, 51);
+    test_linear<bf16>(37, 20, 51);
+    test_linear<bf16>(40, 64, 96);
     test_steps<float>({2, 11, 8, 4, 10, 6, 2, 8, 4, 0, 16});
     test_steps<bf16>({2, 11, 8, 4, 10, 6, 2, 8, 3, 0, 16});
     if (!quick) {
