@@ -67,7 +67,7 @@ ARCH     ?= $(or $(subst .,,$(GPU_ARCH)),90)
 NVFLAGS   = -std=c++20 -O3 -gencode arch=compute_$(ARCH),code=sm_$(ARCH) \
             -Xcompiler "-O3 $(FLOAT)" -DBUILT_FOR=$(ARCH)
 
-train_mamba2cu: train_mamba2.cu $(SOURCES)
+train_mamba2cu: train_mamba2.cu $(wildcard dev/cuda/*) $(SOURCES)
 	$(NVCC) $(NVFLAGS) train_mamba2.cu -o $@ -lcublasLt -lcublas $(LIBS)
 
 # ---- CUDA on a CPU: a CUDA source, through dev/emulate, becomes a program of the host -------------
@@ -81,7 +81,7 @@ EMUCXX    = $(CXX) -std=c++20 -x c++ -iquote . -I $(EMULATE) -I $(EMULATE)/inclu
             -include $(EMULATE)/runtime.h -Wall -Wextra -Wno-unknown-pragmas $(EMU) $(SAN)
 emulated  = perl $(EMULATE)/launch.pl $< | $(EMUCXX) $1 - -o $@ $(LIBS)
 
-train_mamba2emu: train_mamba2.cu $(SOURCES) $(EMU_H)
+train_mamba2emu: train_mamba2.cu $(wildcard dev/cuda/*) $(SOURCES) $(EMU_H)
 	$(call emulated,$(EMU_OMP) -march=$(MARCH) -ffp-contract=fast)
 
 selftestemu: $(EMULATE)/selftest.cu $(EMU_H)

@@ -169,7 +169,7 @@ X(Int,    d_intermediate, "",       0, 1e6,    Model,   "of a SwiGLU MLP in each
 X(Int,    tie,            "",       0, 1,      Model,   "1: the head's weight is the embedding")  \
 X(Str,    dt_limit,       "",       0, 0,      Model,   "LO,HI: bounds of dt; default 0,inf")     \
 X(Int,    chunk_size,     "0",      0, 4096,   Model,   "tokens of a chunk of SSD; 0: the fastest")\
-X(Int,    steps,          "700",    0, 1e12,   Train,   "optimizer steps in all")                 \
+X(Int,    steps,          "1300",   0, 1e12,   Train,   "optimizer steps in all")                 \
 X(Int,    batch,          "8",      1, 1e6,    Train,   "rows of a micro-batch")                  \
 X(Int,    seq_len,        "256",    1, 1e8,    Train,   "tokens of a row")                        \
 X(Int,    accum,          "1",      1, 1e6,    Train,   "micro-batches of a step")                \
@@ -191,12 +191,12 @@ X(Num,    skip_loss,      "0",      0, 1e6,    AdamW,   "skip steps so many devi
 X(Num,    skip_norm,      "0",      0, 1e6,    AdamW,   "likewise by the gradient's norm")        \
 X(Str,    out,            "out",    0, 0,      Output,  "directory of checkpoints, log and plot") \
 X(Switch, resume,         "",       0, 1,      Output,  "go on from the newest good checkpoint")  \
-X(Int,    save_every,     "100",    0, 1e12,   Output,  "steps between checkpoints; 0: none")     \
+X(Int,    save_every,     "250",    0, 1e12,   Output,  "steps between checkpoints; 0: none")     \
 X(Int,    keep,           "2",      0, 1e9,    Output,  "newest checkpoints that stay; 0: all")   \
-X(Int,    eval_every,     "100",    0, 1e12,   Output,  "steps between validations; 0: none")     \
+X(Int,    eval_every,     "250",    0, 1e12,   Output,  "steps between validations; 0: none")     \
 X(Int,    eval_batches,   "0",      0, 1e12,   Output,  "micro-batches of a validation; 0: all")  \
-X(Int,    sample_every,   "350",    0, 1e12,   Output,  "steps between samples of text; 0: none") \
-X(Int,    log_every,      "10",     1, 1e12,   Output,  "steps between progress lines")           \
+X(Int,    sample_every,   "650",    0, 1e12,   Output,  "steps between samples of text; 0: none") \
+X(Int,    log_every,      "20",     1, 1e12,   Output,  "steps between progress lines")           \
 X(Int,    plot,           "1",      0, 1,      Output,  "1: OUT/loss.png at every validation")    \
 X(Int,    generate,       "",       0, 1e12,   Text,    "print N tokens after --prompt, stop")    \
 X(Str,    prompt,         "",       0, 0,      Text,    "text to go on from; - reads stdin")      \
@@ -384,14 +384,23 @@ static size_t total(const Spec *specs, size_t count) {
     return sum;
 }
 
-// One block for all tensors of a table; returns it. `tensors` is a Params or an Acts.
-static real *allocate(void *tensors, const Spec *specs, size_t count) {
-    real *block = alloc_reals(total(specs, count)), *p = block;
+// Points `tensors`, a Params or an Acts, to their places in one block.
+static real *place(real *block, void *tensors, const Spec *specs, size_t count) {
+    real *p = block;
     for (size_t i = 0; i < count; i++) {
         ((real **)tensors)[i] = p;
         p += round_up(specs[i].count, 16);
     }
     return block;
+}
+
+static real *allocate_params(Params *params, const Spec *specs) {
+    return place(alloc_reals(total(specs, PARAM_COUNT)), params, specs, PARAM_COUNT);
+}
+
+static real *allocate_acts(Acts *acts, const Spec *specs) {
+    size_t size = total(specs, ACT_COUNT);
+    return place((real *)alloc_work(size, sizeof(real)), acts, specs, ACT_COUNT);
 }
 
 #include "dev/lib/flags.h"                // flags_parse, print_help, die_usage
@@ -1246,13 +1255,13 @@ static void model_allocate(Model *m, const Dims *d, int training) {
     param_specs(d, m->specs);
     act_specs(d, m->act_specs);
     m->size = total(m->specs, PARAM_COUNT);
-    m->weights = allocate(&m->w, m->specs, PARAM_COUNT);
+    m->weights = allocate_params(&m->w, m->specs);
     if (training) {
-        m->grads = allocate(&m->g, m->specs, PARAM_COUNT);
-        m->mean = allocate(&m->m, m->specs, PARAM_COUNT);
-        m->square = allocate(&m->v, m->specs, PARAM_COUNT);
+        m->grads = allocate_params(&m->g, m->specs);
+        m->mean = allocate_params(&m->m, m->specs);
+        m->square = allocate_params(&m->v, m->specs);
     }
-    m->acts = allocate(&m->a, m->act_specs, ACT_COUNT);
+    m->acts = allocate_acts(&m->a, m->act_specs);
 }
 
 // The i-th element of a new parameter; stream is its row in PARAMS. Rounded to float, so that the
@@ -2129,6 +2138,12 @@ static void swap_states(Model *m) {
     a->carried = a->carried_new, a->carried_new = carried;
 }
 
+static void clear_states(Model *m) {
+    const Dims *d = &m->d;
+    memset(m->a.past, 0, d->L*d->lanes*(d->W - 1)*d->S*sizeof(real));
+    memset(m->a.carried, 0, d->L*d->lanes*d->E*d->N*sizeof(real));
+}
+
 // A view of a model's weights, with activations for one row of at most T tokens
 static void sampler_open(Model *s, const Model *m, size_t T) {
     memset(s, 0, sizeof *s);
@@ -2137,7 +2152,8 @@ static void sampler_open(Model *s, const Model *m, size_t T) {
     s->d.lanes = s->d.kept = s->d.slab = 1;
     memcpy(s->specs, m->specs, sizeof s->specs);
     act_specs(&s->d, s->act_specs);
-    s->acts = allocate(&s->a, s->act_specs, ACT_COUNT);
+    s->acts = allocate_acts(&s->a, s->act_specs);
+    clear_states(s);
 }
 
 // Feeds tokens, and returns the logits (V) after the last one.
@@ -2804,12 +2820,7 @@ static void cpu_start(void) {
 static void cpu_open(Model *m) { (void)m; }
 static void cpu_fetch(Model *m) { (void)m; }
 
-static void cpu_carry(Model *m, int fresh) {
-    const Dims *d = &m->d;
-    if (!fresh) { swap_states(m); return; }
-    memset(m->a.past, 0, d->L*d->lanes*(d->W - 1)*d->S*sizeof(real));
-    memset(m->a.carried, 0, d->L*d->lanes*d->E*d->N*sizeof(real));
-}
+static void cpu_carry(Model *m, int fresh) { if (fresh) clear_states(m); else swap_states(m); }
 
 static const Backend cpu_backend = { "CPU", cpu_start, cpu_open, model_loss, gradient_norm, adamw,
                                      cpu_carry, cpu_fetch, generate, fma_peak, NULL };

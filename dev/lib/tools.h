@@ -39,13 +39,18 @@ static size_t mul(size_t a, size_t b) {
     return product;
 }
 
-// Zeroed memory, aligned for vectors. Released by free().
-static void *alloc(size_t count, size_t size) {
+// Memory aligned for vectors, not cleared: pages that nobody touches are never there.
+static void *alloc_work(size_t count, size_t size) {
     size_t bytes = (mul(count, size) + 127)/64*64;
     void *p = aligned_alloc(64, bytes);
     CHECK(p, "out of memory: %zu bytes (%.2f GiB) could not be had; try a smaller --batch or "
           "--seq-len, or --recompute", bytes, (double)bytes/(1 << 30));
-    return memset(p, 0, bytes);
+    return p;
+}
+
+// The same, cleared. Both are released by free().
+static void *alloc(size_t count, size_t size) {
+    return memset(alloc_work(count, size), 0, count*size);
 }
 
 static real *alloc_reals(size_t count) { return (real *)alloc(count, sizeof(real)); }
