@@ -692,9 +692,11 @@ static void open_model(Model *m, const Dims *d, int packed) {
     memset(m, 0, sizeof *m);
     model_allocate(m, d, 1);
     model_init(m, 7);
-    for (size_t k = 0; k < PARAM_COUNT; k++)                 // no weight is 0 or 1, no norm small
-        for (size_t i = 0; i < m->specs[k].count; i++)
-            ((real **)&m->w)[k][i] += (real)uniform(-0.3, 0.3);
+    for (size_t k = 0; k < PARAM_COUNT; k++)
+        for (size_t i = 0; i < m->specs[k].count; i++) {
+            ((real **)&m->w)[k][i] += (real)uniform(-0.3, 0.3);          // no weight is 0 or 1
+            ((real **)&m->g)[k][i] = 1;                      // as if left from the step before
+        }
     for (size_t i = 0; i < d->L*d->lanes*d->E*d->N; i++) m->a.carried[i] = (real)uniform(-1, 1);
     for (size_t i = 0; i < d->L*d->lanes*(d->W - 1)*d->S; i++) m->a.past[i] = (real)uniform(-1, 1);
     m->ids = random_ids(d->n, d->V), m->targets = random_ids(d->n, d->V);
@@ -1017,6 +1019,7 @@ static const Test tests[] = {
     { "adamw", test_adamw },
     { "outliers", test_outliers },
     { "tokens in file order", test_file_order },
+    { "shuffle", test_shuffle },
     { "tokens shuffled", test_shuffled_epoch },
     { "tokens after a seek", test_seek },
     { "tokens of documents", test_documents },
