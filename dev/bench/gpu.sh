@@ -1,0 +1,53 @@
+#!/bin/bash
+# gpu.sh: builds, checks and times the CUDA program on a machine with a GPU, in a few minutes; a short
+# table comes last.    dev/bench/gpu.sh [OUT]      OUT: a directory for the full logs
+set -u
+cd "$(dirname "$0")/../.." || exit 1
+out=${1:-build/gpu}; mkdir -p "$out" build
+arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
+nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
+nv="nvcc -std=c++20 -O3 -gencode arch=compute_$arch,code=sm_$arch"
+table=""
+check() {                               # check NAME COMMAND...: runs it, remembers the verdict
+    name=$1; shift
+    start=$(date +%s)
+    if timeout 170 "$@" >"$out/$name.log" 2>&1; then verdict=ok; else verdict="FAIL ($?)"; fi
+    table="$table$(printf '%-26s %-10s %4d s  %s' "$name" "$verdict" $(($(date +%s) - start)) \
+        "$(tail -n 1 "$out/$name.log" | cut -c1-90)")
+"
+}
+$nv dev/emulate/selftest.cu -lcublasLt -o build/selftest >"$out/build1.log" 2>&1 &
+$nv -Xcompiler "-O2 -ffp-contract=fast -fno-math-errno -march=native -fopenmp" dev/cuda/test_ops.cu \
+    -o build/test_ops -lcublasLt -lcublas -lz -lm >"$out/build2.log" 2>&1 &
+make -j2 train_mamba2 train_mamba2cu >"$out/build3.log" 2>&1
+wait
+tiny="--d-model 64 --n-layer 2 --headdim 16 --d-state 24 --batch 3 --seq-len 150"
+check selftest build/selftest
+check test_ops build/test_ops
+check compare-tiny-f32 ./train_mamba2cu $tiny --dtype f32 --compare
+check compare-tiny-bf16 ./train_mamba2cu $tiny --dtype bf16 --compare
+check compare-130m-bf16 ./train_mamba2cu --model mamba2-130m --n-layer 2 --batch 2 --seq-len 512 --compare
+for tool in memcheck racecheck initcheck synccheck; do
+    check "$tool" compute-sanitizer --tool $tool --error-exitcode 9 ./train_mamba2cu $tiny --steps 2 \
+        --out "$out/$tool" --eval-every 0 --sample-every 0 --save-every 0 --plot 0
+done
+same() { ./train_mamba2cu $tiny --steps 5 --out "$1" --eval-every 0 --sample-every 0 --plot 0; }
+same "$out/a" >/dev/null 2>&1; same "$out/b" >/dev/null 2>&1
+check two-runs-equal cmp "$out/a/last/model.safetensors" "$out/b/last/model.safetensors"
+check resume-on-cpu ./train_mamba2 --out "$out/a" --resume --steps 8 --sample-every 0
+check resume-on-gpu ./train_mamba2cu --out "$out/a" --resume --steps 11 --sample-every 0
+speed() {
+    ./train_mamba2cu --model "$1" --batch "$2" --seq-len "$3" --steps 12 --out "$out/s" --eval-every 0 \
+        --sample-every 0 --save-every 0 --plot 0 >"$out/speed.log" 2>&1
+    rate=$(sed -n 's/.*"tokens_per_s":\([0-9.e+]*\).*/\1/p' "$out/s/log.jsonl" | tail -n 8 | sort -g | sed -n 5p)
+    table="$table$(printf '%-14s %3d x %-6d %12s tokens/s' "$1" "$2" "$3" "$rate")
+"
+    rm -rf "$out/s"
+}
+speed mamba2-130m 32 1024; speed mamba2-130m 16 2048; speed mamba2-130m 2 16384
+speed mamba2-370m 16 2048; speed mamba2-1.3b 8 2048
+./train_mamba2cu --model mamba2-130m --batch 32 --seq-len 1024 --profile 6 --out "$out/p" --steps 20 \
+    --eval-every 0 --sample-every 0 --save-every 0 --plot 0 >"$out/profile.log" 2>&1
+tail -n 16 "$out/profile.log"
+printf '%s' "$table"
+rm -rf "$out"/a "$out"/b "$out"/*check
