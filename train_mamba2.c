@@ -457,9 +457,9 @@ static inline real expr(real x) {
     float n = k - 12582912.0f, r = v - n*0.693145752f - n*1.42860677e-6f;    // x = n log 2 + r
     float p = 1.0f + (r + r*r*(0.49999994f + r*(0.16666521f + r*(0.04166839f
                                               + r*(0.008368745f + r*0.0013814539f)))));
-    int32_t bits;
+    uint32_t bits;
     memcpy(&bits, &k, 4);
-    bits = (int32_t)((uint32_t)bits << 23) + (127 << 23);    // 2^n as a float
+    bits = (bits << 23) + (127u << 23);                      // 2^n as a float
     float scale;
     memcpy(&scale, &bits, 4);
     return (real)(p*scale);

@@ -85,10 +85,11 @@ static double gaps_touched(const real *C, const real *before, size_t ldc, size_t
     return touched;
 }
 
+// Few rows, edges of tiles, more than a slab in each direction and in two
 static const size_t product_sizes[][3] = {
     { 1, 1, 1 }, { 3, 5, 7 }, { 4, 65, 33 }, { 5, 33, 65 }, { 17, 50, 129 }, { 8, 48, 64 },
     { 2, 9, 0 }, { 97, 101, 211 }, { 131, 197, 400 }, { 2051, 5, 3 }, { 5, 1163, 9 },
-    { 1, 300, 70 }, { 9, 97, 801 },
+    { 1, 300, 70 }, { 9, 1163, 801 }, { 2051, 5, 801 }, { 2050, 1160, 2 },
 };
 
 static void test_matmul(void) {
@@ -352,8 +353,8 @@ static void test_outliers(void) {
     Recent r;
     memset(&r, 0, sizeof r);
     for (int i = 0; i < WINDOW; i++) {
-        EXPECT(outlier(&r, 1e9, 3) == (i >= HISTORY), "after %d values", i);
-        remember(&r, 5 + i%2);
+        EXPECT(outlier(&r, 7.1, 3) == (i >= HISTORY) && !outlier(&r, 6.9, 3), "after %d values", i);
+        remember(&r, 5 + i%2);                               // mean 5.5, deviation 0.5
     }
     for (int i = 0; i < WINDOW; i++) remember(&r, i%2*2);    // mean 1, deviation 1
     EXPECT(!outlier(&r, 3.99, 3) && outlier(&r, 4.01, 3), "three deviations");
