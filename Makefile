@@ -78,7 +78,8 @@ EMULATE  := dev/emulate
 EMU_H    := $(wildcard $(EMULATE)/*.h $(EMULATE)/include/*.h) $(EMULATE)/launch.pl
 EMU_OMP  := $(if $(findstring thread,$(SAN)),,-fopenmp)
 EMUCXX    = $(CXX) -std=c++20 -x c++ -iquote . -I $(EMULATE) -I $(EMULATE)/include \
-            -include $(EMULATE)/runtime.h -Wall -Wextra -Wno-unknown-pragmas $(EMU) $(SAN)
+            -include $(EMULATE)/runtime.h -Wall -Wextra -Wno-unknown-pragmas -Wno-sign-compare \
+            -Wno-unused-function $(EMU) $(SAN)
 emulated  = perl $(EMULATE)/launch.pl $< | $(EMUCXX) $1 - -o $@ $(LIBS)
 
 train_mamba2emu: train_mamba2.cu $(wildcard dev/cuda/*) $(SOURCES) $(EMU_H)
@@ -89,6 +90,15 @@ selftestemu: $(EMULATE)/selftest.cu $(EMU_H)
 
 # the shim's own tests: make test-emulate-shim
 EMU_TESTS := build/emu
+$(EMU_TESTS)/test_ops: dev/cuda/test_ops.cu train_mamba2.cu dev/cuda/ssd_fast.cuh $(SOURCES) $(EMU_H)
+	@mkdir -p $(@D)
+	$(call emulated,-iquote dev/cuda $(EMU_OMP) -march=$(MARCH) -ffp-contract=fast)
+$(EMU_TESTS)/test_ops-asan: dev/cuda/test_ops.cu train_mamba2.cu dev/cuda/ssd_fast.cuh $(SOURCES) $(EMU_H)
+	@mkdir -p $(@D)
+	$(call emulated,-iquote dev/cuda $(EMU_OMP) -march=$(MARCH) -ffp-contract=fast \
+	    -fsanitize=address -fsanitize=undefined)
+test-emulate: train_mamba2 train_mamba2emu $(EMU_TESTS)/test_ops $(EMU_TESTS)/test_ops-asan
+	@dev/test/run.sh "make test-emulate-shim" dev/test/emulate.sh
 $(EMU_TESTS)/%: $(EMULATE)/%.cu $(EMU_H)
 	@mkdir -p $(@D)
 	$(call emulated)
@@ -121,4 +131,4 @@ help:
 clean:
 	rm -rf train_mamba2 train_mamba2_double train_mamba2cu train_mamba2emu build
 
-.PHONY: all test test-compilers test-sanitize test-reference bench help clean test-emulate-shim
+.PHONY: all test test-compilers test-sanitize test-reference bench help clean test-emulate test-emulate-shim

@@ -969,8 +969,8 @@ static void ssd_g_a(real *g_a, real *path, const real *rho, const real *pi, real
     for (size_t t = 0; t < len; t++) g_a[t] += before, before += rho[t];
 }
 
-// The work space of one thread in step 4, in the order of use: pitch Q, but N of B and C and P of x,
-// gy and R
+// The work space of one thread in step 4, in the order of use. Pitches are Q, but N of B and C, and
+// P of x, gy and R.
 typedef struct { real *L, *CB, *g_CB, *path, *B, *C, *Bt, *Ct, *x, *gy, *xt, *gt, *R, *gBt, *gCt,
                  *tmp, *a, *in, *out, *dt, *rho, *pi, *g_a; } SsdWork;
 

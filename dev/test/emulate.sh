@@ -1,0 +1,38 @@
+#!/bin/sh
+# emulate.sh: the CUDA program on the CPU: every op against the C one, whole models, and a run that
+# moves between the two programs. Ends with "N passed, N failed".
+passed=0 failed=0 out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+export OMP_WAIT_POLICY=passive ASAN_OPTIONS=detect_leaks=0
+try() {
+    name=$1; shift
+    if said=$("$@" 2>&1); then passed=$((passed + 1)); echo "ok   $name"
+    else failed=$((failed + 1)); echo "FAIL $name: $*"; echo "$said" | tail -n 25; fi
+}
+for order in forward reverse random:1; do
+    EMU_ORDER=$order try "ops, $order" build/emu/test_ops quick
+done
+try "ops under sanitizers" build/emu/test_ops-asan quick
+tiny="--d-model 32 --n-layer 2 --headdim 8 --d-state 12 --batch 2 --seq-len 45"
+quiet="--eval-every 0 --sample-every 0 --plot 0 --log-every 100"
+for more in "" "--packed --eot 10" "--ngroups 2 --d-conv 3 --tie 0" "--d-intermediate 24 --recompute"; do
+    for dtype in f32 bf16; do
+        # shellcheck disable=SC2086
+        try "compare $dtype $more" ./train_mamba2emu $tiny $more --dtype $dtype --compare
+    done
+done
+# shellcheck disable=SC2086
+try "ten steps" ./train_mamba2emu $tiny $quiet --dtype f32 --steps 10 --warmup 2 --out "$out/emu"
+# shellcheck disable=SC2086
+try "ten steps on the CPU" ./train_mamba2 $tiny $quiet --steps 10 --warmup 2 --out "$out/cpu"
+losses() { sed -n 's/.*"loss":\([0-9.]*\),.*/\1/p' "$1/log.jsonl"; }
+losses "$out/emu" >"$out/a"; losses "$out/cpu" >"$out/b"
+# shellcheck disable=SC2016
+try "their losses agree to 1e-5" awk 'NR == FNR { a[FNR] = $1; n = FNR; next }
+    { d = ($1 - a[FNR])/$1; if (!(d < 1e-5 && d > -1e-5)) bad = 1 } END { exit bad || n != 10 || FNR != 10 }' \
+    "$out/a" "$out/b"
+try "on to the CPU" ./train_mamba2 --out "$out/emu" --resume --dtype f32 --steps 12
+try "and back" ./train_mamba2emu --out "$out/emu" --resume --dtype f32 --steps 14
+try "generates" ./train_mamba2emu --out "$out/emu" --generate 12 --prompt "to be"
+echo "$passed passed, $failed failed"
+[ $failed = 0 ]
