@@ -263,7 +263,7 @@ typedef struct {
 static size_t ceil_div(size_t a, size_t b) { return (a + b - 1)/b; }
 static size_t round_up(size_t a, size_t b) { return ceil_div(a, b)*b; }
 
-// The sizes that follow from the model's and the batch's. The CPU's best chunk is 64 tokens.
+// The sizes that follow from the batch's; logits exist for at most 2^26 numbers at a time.
 static void dims_batch(Dims *d, size_t R, size_t T) {
     d->R = R, d->T = T, d->n = mul(R, T);
     d->chunks = ceil_div(T, d->Q);
