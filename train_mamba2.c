@@ -1,8 +1,9 @@
 // train_mamba2.c: trains Mamba-2 language models on the CPU, in plain C.
 //
-// The whole of it is in this file: the model of "Transformers are SSMs" (Dao and Gu 2024, arXiv
-// 2405.21060; below: the paper), its forward and its backward pass written out by hand, AdamW, the
-// data loader, checkpoints that Hugging Face loads, and sampling. No library but OpenMP and zlib.
+// All that is about Mamba-2 is in this file: the model of "Transformers are SSMs" (Dao and Gu 2024,
+// arXiv 2405.21060; below: the paper), its forward and its backward pass written out by hand, AdamW
+// and the data loader, checkpoints, sampling and the training run. What any program might need lies
+// in dev/lib: matrix products, JSON, tokenizer, a plot. No library but OpenMP and zlib.
 // Read it from top to bottom; `grep -n '^// ====' train_mamba2.c` prints the table of contents.
 //
 //     make && ./train_mamba2            trains a small model on Shakespeare, about two minutes
@@ -1373,8 +1374,7 @@ static void layer_backward(Model *m, size_t l) {
     dt_backward(d, a.g_zxBCdt, g.dt_bias, a.g_dt, a.zxBCdt, w.dt_bias);             lap("dt");
     if (m->watch) m->watch(m->watcher, l, 1);                // conv1d_backward overwrites g_xBC
     conv1d_backward(d, a.g_zxBCdt, g.conv_w, g.conv_b, a.g_xBC, a.zxBCdt, w.conv_w, w.conv_b,
-                    a.past,
-                    m->doc);                                                        lap("conv1d");
+                    a.past, m->doc);                                                lap("conv1d");
     linear_backward(a.g_u, g.in_proj, a.g_zxBCdt, a.u, w.in_proj, n, M, Z, m->add); lap("in_proj");
     rmsnorm_backward(d, a.g_resid, g.norm, a.g_u, a.resid, a.rstd, w.norm);         lap("norm");
     if (m->watch) m->watch(m->watcher, l, 2);
@@ -1398,9 +1398,8 @@ static double model_loss(Model *m, int backward) {
     double sum = 0;
     model_hidden(m);
     classifier(d, a.losses, backward ? a.g_u : NULL, g_head, a.logits, m->all_logits, a.hidden,
-               head,
-               m->targets, m->scale, m->add);
-                                                     lap("classifier");
+               head, m->targets, m->scale, m->add);
+    lap("classifier");
     for (size_t i = 0; i < d->n; i++) sum += (double)a.losses[i];
     if (backward) {
         if (m->watch) m->watch(m->watcher, d->L, 1);
@@ -1451,9 +1450,8 @@ static double gradient_norm(Model *m) {
 //   w -= lr*decay*w,            w -= lr * m/(1-beta1^t) / (sqrt(v/(1-beta2^t)) + eps)
 static void adamw(Model *m, double lr, double grad_scale, Int t) {
     double fix1 = 1 - pow(flags.beta1, (double)t), fix2 = 1 - pow(flags.beta2, (double)t);
-    real b1 = (real)flags.beta1, b2 = (real)flags.beta2, gs = (real)grad_scale,
-    eps = (real)flags.eps;
-    real c1 = (real)(1 - flags.beta1), c2 = (real)(1 - flags.beta2);
+    real b1 = (real)flags.beta1, b2 = (real)flags.beta2, gs = (real)grad_scale;
+    real c1 = (real)(1 - flags.beta1), c2 = (real)(1 - flags.beta2), eps = (real)flags.eps;
     real step = (real)(lr/fix1), root = (real)(1/sqrt(fix2));
     for (size_t k = 0; k < PARAM_COUNT; k++) {
         real *w = ((real **)&m->w)[k], *g = ((real **)&m->g)[k];
@@ -1469,7 +1467,8 @@ static void adamw(Model *m, double lr, double grad_scale, Int t) {
     }
 }
 
-// Step t = 1 .. steps; interface.md gives the formulas.
+// Step t = 1 .. steps: a linear warmup, t/W of lr; then from lr to min_lr in the form of
+// --schedule, which the last step reaches (wsd: lr stays until the last decay_frac of all steps).
 static double learning_rate(Int t) {
     double lr = flags.lr, low = flags.min_lr, W = (double)flags.warmup, steps = (double)flags.steps;
     double decay = round(flags.decay_frac*steps), x = (double)t;
@@ -1516,6 +1515,7 @@ typedef struct {
     size_t vocab;                       // rows of the model: no token may be beyond
     int *text;                          // the text's tokens
     size_t text_size;
+    uint32_t fingerprint;               // tells one set of data from another
     size_t R, T, accum;                 // a micro-batch, micro-batches of a step (--carry)
     int shuffle, packed, carry;
     uint64_t seed;
@@ -1657,15 +1657,12 @@ static void loader_split(Loader *train, Loader *val, double fraction) {
     val->shards[0].tokens = val->text_size -= first;
 }
 
-// What tells one set of data from another: a resumed run must go on with the same.
+// A resumed run must go on with the same data: the sizes of all shards, or the text itself.
 static uint32_t loader_fingerprint(const Loader *d) {
-    uLong crc = crc32(0, NULL, 0);
+    uint32_t crc = 0;
     for (size_t i = 0; i < d->count; i++)
-        crc = crc32(crc, (const Bytef *)&d->shards[i].tokens, sizeof(size_t));
-    for (size_t i = 0; i < d->text_size; i += 1 << 20)
-        crc = crc32(crc, (const Bytef *)(d->text + i),
-                    (uInt)(sizeof(int)*(d->text_size - i < 1 << 20 ? d->text_size - i : 1 << 20)));
-    return (uint32_t)crc;
+        crc = crc_of(crc, &d->shards[i].tokens, sizeof(size_t));
+    return crc_of(crc, d->text, d->text_size*sizeof(int));
 }
 
 // Micro-batches of a shard of `size` tokens
@@ -1680,6 +1677,7 @@ static size_t loader_batches(const Loader *d, size_t size) {
 static int loader_start(Loader *d, size_t vocab, size_t R, size_t T, int required) {
     size_t n = mul(R, T), batches = 0;
     d->vocab = vocab, d->R = R, d->T = T;
+    d->fingerprint = loader_fingerprint(d);
     if (!d->accum) d->accum = 1;
     if (d->version && d->tokenizer->byte_level && vocab > 272) {         // it is not theirs
         d->tokenizer = NULL;
@@ -1689,8 +1687,8 @@ static int loader_start(Loader *d, size_t vocab, size_t R, size_t T, int require
     d->targets = (int *)alloc(n, sizeof(int));
     if (d->packed) d->doc = (int *)alloc(n, sizeof(int));
     for (size_t i = 0; d->text && i < d->files; i++) {
-        size_t begin = d->shards[i].first,
-        end = i + 1 < d->files ? d->shards[i + 1].first : d->text_size;
+        size_t begin = d->shards[i].first;
+        size_t end = i + 1 < d->files ? d->shards[i + 1].first : d->text_size;
         check_tokens(d, d->shards[i].path, d->text + begin, end - begin);
     }
     for (size_t i = 0; i < d->count; i++) {
@@ -1702,8 +1700,7 @@ static int loader_start(Loader *d, size_t vocab, size_t R, size_t T, int require
     }
     CHECK(batches || !required, "%s: %zu tokens, expected at least %zu for a micro-batch of %zu "
           "rows of %zu tokens; give more data, or a smaller --batch or --seq-len",
-          d->shards[0].path,
-          d->shards[0].tokens, n*(d->carry ? d->accum : 1) + 1, R, T);
+          d->shards[0].path, d->shards[0].tokens, n*(d->carry ? d->accum : 1) + 1, R, T);
     return batches > 0;
 }
 
@@ -1797,9 +1794,11 @@ static void loader_next(Loader *d) {
 static size_t target_bytes(const Loader *d) {
     size_t bytes = 0, size;
     if (!d->tokenizer) return 0;
-    for (size_t i = 0; i < d->R*d->T; i++)
-        if (d->targets[i] != d->eot) tokenizer_piece(d->tokenizer, d->targets[i], &size),
+    for (size_t i = 0; i < d->R*d->T; i++) {
+        if (d->targets[i] == d->eot) continue;
+        tokenizer_piece(d->tokenizer, d->targets[i], &size);
         bytes += size;
+    }
     return bytes;
 }
 
@@ -1830,7 +1829,7 @@ static void put_state(Text *t, const Progress *p, const Loader *d) {
         p->adam_t, p->tokens);
     if (isfinite(p->best)) put(t, "\"best\":%.17g,\n", p->best);
     put(t, "\"data\":{\"epoch\":%" PRIu64 ",\"shard\":%" PRIu64 ",\"batch\":%" PRIu64
-        ",\"fingerprint\":%u},\n", d->epoch, d->shard, d->batch, loader_fingerprint(d));
+        ",\"fingerprint\":%u},\n", d->epoch, d->shard, d->batch, d->fingerprint);
     put_recent(t, "recent_loss", &p->loss), put(t, ",\n");
     put_recent(t, "recent_norm", &p->norm), put(t, ",\n\"flags\":");
     put_flags(t);
@@ -1916,9 +1915,7 @@ static void save_checkpoint(const Model *m, const Progress *p, const Loader *dat
     }
     put_state(&t, p, data);
     finish_text(&sums, aside, "state.json", &t);
-    put(&sums, "%08x %zu checksums\n", (unsigned)crc32(0, (const Bytef *)sums.data,
-                                                       (uInt)sums.size),
-        sums.size);
+    put(&sums, "%08x %zu checksums\n", crc_of(0, sums.data, sums.size), sums.size);
     write_file(str("%s/checksums.txt", aside), sums.data, sums.size);
     free(sums.data);
     sync_directory(aside);
@@ -1977,15 +1974,6 @@ static void prune_checkpoints(Int step) {
     free(steps);
 }
 
-// The crc32 of a file's bytes
-static uint32_t file_crc(const Bytes *b) {
-    uLong crc = crc32(0, NULL, 0);
-    for (size_t at = 0; at < b->size; at += 1 << 30)
-        crc = crc32(crc, (const Bytef *)b->data + at,
-                    (uInt)(b->size - at < 1 << 30 ? b->size - at : 1 << 30));
-    return (uint32_t)crc;
-}
-
 // What is wrong with a checkpoint's files, or NULL
 static const char *checkpoint_fault(const char *dir) {
     const char *path = str("%s/checksums.txt", dir), *fault = NULL;
@@ -1996,9 +1984,9 @@ static const char *checkpoint_fault(const char *dir) {
     Bytes sums = read_file(path);
     char *own = strstr(sums.data, " checksums\n");           // first its own line, the last
     while (own && own > sums.data && own[-1] != '\n') own--;
-    Bytes before = { sums.data, own ? (size_t)(own - sums.data) : 0 };
-    if (!own || sscanf(own, "%8x %zu %63s", &crc, &size, name) != 3 || size != before.size
-        || crc != file_crc(&before) || strchr(own, '\n') + 1 != sums.data + sums.size)
+    size_t before = own ? (size_t)(own - sums.data) : 0;
+    if (!own || sscanf(own, "%8x %zu %63s", &crc, &size, name) != 3 || size != before
+        || crc != crc_of(0, sums.data, before) || strchr(own, '\n') + 1 != sums.data + sums.size)
         fault = "checksums.txt is damaged";
     for (char *line = sums.data; !fault && line < own; line = strchr(line, '\n') + 1) {
         int fields = sscanf(line, "%8x %zu %63s", &crc, &size, name);
@@ -2006,7 +1994,7 @@ static const char *checkpoint_fault(const char *dir) {
         if (fields != 3 || !exists(file)) fault = str("%s is missing", name);
         if (fault) break;
         Bytes b = map_file(file);
-        if (b.size != size || file_crc(&b) != crc) fault = str("%s is damaged", name);
+        if (b.size != size || crc_of(0, b.data, b.size) != crc) fault = str("%s is damaged", name);
         if (b.size) munmap(b.data, b.size);
     }
     free(sums.data);
@@ -2084,7 +2072,7 @@ static void restore_checkpoint(const char *dir, const Json *state, Model *m, Pro
     const Json *data = json_expect(json_get(state, "data"), JSON_OBJECT, path, "data");
     Tensors list = { NULL, 0, 0 };
     CHECK((uint32_t)json_size(json_get(data, "fingerprint"), path, "fingerprint")
-          == loader_fingerprint(d), "--resume: the files of --data %s are not those that %s was "
+          == d->fingerprint, "--resume: the files of --data %s are not those that %s was "
           "trained on; a run can only go on as it was", flags.data, dir);
     read_weights(dir, m);
     tensors_add_params(&list, m, &m->m, "exp_avg.");
@@ -2110,8 +2098,7 @@ static void restore_checkpoint(const char *dir, const Json *state, Model *m, Pro
 // process; OUT/lock says who holds it.
 static void lock_out(void) {
     CHECK(mkdir(flags.out, 0777) == 0 || errno == EEXIST, "--out %s: could not create: %s",
-          flags.out,
-          strerror(errno));
+          flags.out, strerror(errno));
     char *path = strdup(str("%s/lock", flags.out)), host[64] = "this host";
     int fd = open(flags.out, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     CHECK(fd >= 0, "--out %s: %s", flags.out, strerror(errno));
@@ -2260,8 +2247,7 @@ typedef struct {
     double (*loss)(Model *m, int backward);                  // of one micro-batch
     double (*norm)(Model *m);                                // of all gradients
     void (*update)(Model *m, double lr, double grad_scale, Int t);
-    void (*carry)(Model *m, int fresh);
-                         // 1: states become 0; 0: new ones count
+    void (*carry)(Model *m, int fresh);                      // the states: 1: clear, 0: step on
     void (*fetch)(Model *m);
     void (*generate)(const Model *m, const Tokenizer *tok, const int *prompt, size_t prompt_size,
                      Int count, uint64_t stream);
@@ -2431,10 +2417,8 @@ static void print_summary(const Run *run) {
     printf("data     %s: %s tokens to train on, %s to validate\n", flags.data, human(tokens),
            run->has_val ? human((double)loader_tokens(&run->val)) : "none");
     printf("training %" PRId64 " steps of %" PRId64 " x %zu x %zu tokens (%.2f epochs), lr %g %s, "
-           "seed %"
-           PRId64 "\n", flags.steps, flags.accum, d->R, d->T, tokens > 0 ? seen/tokens : 0,
-           flags.lr,
-           flags.schedule, flags.seed);
+           "seed %" PRId64 "\n", flags.steps, flags.accum, d->R, d->T,
+           tokens > 0 ? seen/tokens : 0, flags.lr, flags.schedule, flags.seed);
     printf("device   %s, %s, chunks of %zu tokens; output in %s/\n", run->device->name, flags.dtype,
            d->Q, flags.out);
 }
@@ -2504,8 +2488,9 @@ static const char *trained_model(void) {
     return *flags.init ? flags.init : last;
 }
 
-// Opens a trained model without data, gradients and moments, for R rows of T tokens.
-static void weights_open(Run *run, size_t R, size_t T) {
+// Opens a trained model without data, gradients and moments, for R rows of T tokens; returns its
+// directory.
+static const char *weights_open(Run *run, size_t R, size_t T) {
     const char *dir = trained_model();
     Dims d;
     read_config(dir, &d);
@@ -2517,6 +2502,7 @@ static void weights_open(Run *run, size_t R, size_t T) {
     model_allocate(&run->m, &d, 0);
     read_weights(dir, &run->m);
     run->device->open(&run->m);
+    return dir;
 }
 
 #include "dev/lib/inspect.h"            // --dump, --compare, tasks of --eval
@@ -2544,8 +2530,8 @@ static void log_open(Run *run, int resumed) {
         Bytes b = read_file(path);
         for (char *line = b.data, *end; (end = strchr(line, '\n')); line = end + 1) {
             double step = log_number(line, end, "{\"step\":");
-            double loss = log_number(line, end, "\"loss\":"), val = log_number(line, end,
-                                                                               "\"val_loss\":");
+            double loss = log_number(line, end, "\"loss\":");
+            double val = log_number(line, end, "\"val_loss\":");
             if (step > (double)run->p.step) continue;
             put_bytes(&kept, line, (size_t)(end - line) + 1);
             if (isfinite(loss)) curve_add(&run->train_curve, step, loss);
@@ -2581,8 +2567,7 @@ static void check_finite(const Model *m, const char *what, double value, const P
             double x = (double)((real *const *)p)[k][i];
             CHECK(isfinite(x), "%s is %g: %s has %g at element %zu; nothing was saved since the "
                   "last checkpoint; try a smaller --lr, or look at the data", what, value,
-                  m->specs[k].name,
-                  x, i);
+                  m->specs[k].name, x, i);
         }
     die("%s is %g though all weights are finite; nothing was saved since the last checkpoint; try "
         "a smaller --lr, or look at the data", what, value);
@@ -2594,10 +2579,9 @@ static void log_step(Run *run, double loss, double norm, double lr, double secon
     double use = 6*(double)parameter_count(run->m.specs)*tokens/seconds/run->peak;
     int digits = sizeof(real) == 4 ? 9 : 17, width = (int)strlen(str("%" PRId64, flags.steps));
     Text line = { NULL, 0, 0 };
-    put(&line,
-        "{\"step\":%" PRId64 ",\"loss\":%.*g,\"grad_norm\":%.*g,\"lr\":%.17g,\"tokens\":%" PRId64
-        ",\"tokens_per_s\":%.6g,\"mfu\":%s,\"time\":%.3f%s}\n", p->step, digits, loss, digits, norm,
-        lr,
+    put(&line, "{\"step\":%" PRId64 ",\"loss\":%.*g,\"grad_norm\":%.*g,\"lr\":%.17g,", p->step,
+        digits, loss, digits, norm, lr);
+    put(&line, "\"tokens\":%" PRId64 ",\"tokens_per_s\":%.6g,\"mfu\":%s,\"time\":%.3f%s}\n",
         p->tokens, tokens/seconds, run->peak > 0 ? str("%.4g", use) : "null", now() - run->started,
         skipped ? ",\"skipped\":true" : "");
     put_log(run, &line);
@@ -2607,10 +2591,9 @@ static void log_step(Run *run, double loss, double norm, double lr, double secon
                 * (double)(flags.steps - p->step);
     printf("step %*" PRId64 "/%" PRId64 " %5.1f%% | loss %.4f | norm %.3f | lr %.2e | %s tok/s%s | "
            "ETA %s%s\n", width, p->step, flags.steps, 100.0*(double)p->step/(double)flags.steps,
-           loss,
-           norm, lr,
-           human(tokens/seconds), run->peak > 0 ? str(" | %.0f%% of peak", 100*use) : "",
-           duration(left), skipped ? " | skipped" : "");
+           loss, norm, lr, human(tokens/seconds),
+           run->peak > 0 ? str(" | %.0f%% of peak", 100*use) : "", duration(left),
+           skipped ? " | skipped" : "");
 }
 
 // One optimizer step: the gradients of K micro-batches, then an update unless it is an outlier
@@ -2631,8 +2614,8 @@ static void train_step(Run *run) {
     check_finite(m, str("step %" PRId64 ": the loss", p->step), loss, &m->w);
     double norm = device->norm(m);
     check_finite(m, str("step %" PRId64 ": the gradient's norm", p->step), norm, &m->g);
-    int skipped = outlier(&p->loss, loss, flags.skip_loss) || outlier(&p->norm, norm,
-                                                                      flags.skip_norm);
+    int skipped = outlier(&p->loss, loss, flags.skip_loss)
+               || outlier(&p->norm, norm, flags.skip_norm);
     remember(&p->loss, loss), remember(&p->norm, norm);
     if (!skipped)
         device->update(m, lr, flags.clip > 0 ? fmin(1, flags.clip/(norm + 1e-6)) : 1, ++p->adam_t);
@@ -2677,8 +2660,7 @@ static void save(Run *run) {
     if (better) point_link(str("%s/best", flags.out), str("step_%08" PRId64, run->p.step));
     prune_checkpoints(run->p.step);
     printf("step %" PRId64 " | saved %s/step_%08" PRId64 "%s\n", run->p.step, flags.out,
-           run->p.step,
-           better ? " (best)" : "");
+           run->p.step, better ? " (best)" : "");
 }
 
 static volatile sig_atomic_t stop_signal;
@@ -2742,11 +2724,10 @@ static int verb_train(Run *run) {
 
 static int verb_generate(Run *run) {
     size_t count;
-    weights_open(run, 1, 1);
+    const char *dir = weights_open(run, 1, 1);
     const Dims *d = &run->m.d;
-    CHECK(d->V <= 272 || *flags.tokenizer || exists(str("%s/tokenizer.json", trained_model())),
-          "%s has %zu tokens and no tokenizer.json; give one to --tokenizer", trained_model(),
-          d->V);
+    CHECK(d->V <= 272 || *flags.tokenizer || exists(str("%s/tokenizer.json", dir)), "%s has %zu "
+          "tokens and no tokenizer.json; give one to --tokenizer", dir, d->V);
     int *prompt = prompt_tokens(run->tok, &count);
     for (size_t i = 0; i < count; i++)
         CHECK((size_t)prompt[i] < d->V, "--prompt: token %d is outside the vocabulary of %zu",

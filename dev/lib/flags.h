@@ -41,8 +41,8 @@ static void print_help(void) {
     for (size_t i = 0; i < FLAG_COUNT; i++) {
         const FlagSpec *s = &flag_specs[i];
         if (strcmp(group, s->group)) printf("\n%s\n", group = s->group);
-        const char *value = !strcmp(s->type, "Switch") ? "" : !strcmp(s->type,
-                                                                      "Opt") ? "[REF[,BASE]]"
+        const char *value = !strcmp(s->type, "Switch") ? ""
+                          : !strcmp(s->type, "Opt") ? "[REF[,BASE]]"
                           : s->type[0] == 'I' ? "N" : s->type[0] == 'N' ? "X" : "S";
         printf("  %-24s ", str("%s %s", flag_name(i), value));
         if (!strcmp(s->help, "a preset: PRESETS")) {

@@ -70,7 +70,7 @@ static Difference difference(const double *x, const double *ref, size_t count) {
     double square = 0, size = 0, most = 0;
     for (size_t i = 0; i < count; i++) {
         double e = x[i] - ref[i];
-        if (!(fabs(e) <= most)) most = fabs(e);              // a NaN stays
+        if (isnan(e) || fabs(e) > most) most = fabs(e);      // a NaN stays: nothing is above it
         square += e*e, size += ref[i]*ref[i];
     }
     Difference d = { most, square == 0 ? 0 : sqrt(square/size) };

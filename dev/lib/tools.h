@@ -1,6 +1,4 @@
-// ================================================================================================
-// Small tools: errors, memory, files, text, random numbers
-// ================================================================================================
+// tools.h: errors, memory, text and files.
 
 static const char *program = "train_mamba2";
 
@@ -57,16 +55,19 @@ static real *alloc_reals(size_t count) { return (real *)alloc(count, sizeof(real
 
 typedef struct { char *data; size_t size, room; } Text;      // a string that grows
 
+static void reserve(Text *t, size_t more) {                  // room for so many and a 0
+    if (t->size + more + 1 <= t->room) return;
+    t->room = 2*(t->size + more + 64);
+    t->data = (char *)realloc(t->data, t->room);
+    CHECK(t->data, "out of memory: %zu bytes of text", t->room);
+}
+
 PRINTF(2, 3) static void put(Text *t, const char *format, ...) {
     va_list args, again;
     va_start(args, format);
     va_copy(again, args);
     size_t more = (size_t)vsnprintf(NULL, 0, format, args);
-    if (t->size + more + 1 > t->room) {
-        t->room = 2*(t->size + more + 64);
-        t->data = (char *)realloc(t->data, t->room);
-        CHECK(t->data, "out of memory: %zu bytes of text", t->room);
-    }
+    reserve(t, more);
     vsnprintf(t->data + t->size, more + 1, format, again);
     t->size += more;
     va_end(args);
@@ -75,8 +76,9 @@ PRINTF(2, 3) static void put(Text *t, const char *format, ...) {
 
 static void put_bytes(Text *t, const void *data, size_t size) {
     if (!size) return;
-    put(t, "%*s", (int)size, "");                            // makes room
-    memcpy(t->data + t->size - size, data, size);
+    reserve(t, size);
+    memcpy(t->data + t->size, data, size);
+    t->data[t->size += size] = 0;
 }
 
 // A path or another short string put together by printf; lives until the 16th call after it.
@@ -119,6 +121,15 @@ static Bytes read_file(const char *path) {
     return b;
 }
 
+// The crc32 of more bytes, however many (zlib takes 32 bits at a time), after those of `crc`
+static uint32_t crc_of(uint32_t crc, const void *data, size_t size) {
+    for (size_t at = 0, piece; at < size; at += piece) {
+        piece = size - at < 1 << 30 ? size - at : 1 << 30;
+        crc = (uint32_t)crc32(crc, (const Bytef *)data + at, (uInt)piece);
+    }
+    return crc;
+}
+
 // A file being written, with the crc32 of what went into it. All failures end the program.
 typedef struct { const char *path; int fd; uint32_t crc; size_t size; } Output;
 
@@ -134,7 +145,7 @@ static void output(Output *o, const void *data, size_t size) {
         ssize_t done = write(o->fd, p, piece);
         if (done < 0 && errno == EINTR) continue;
         CHECK(done > 0, "%s: could not write: %s", o->path, strerror(errno));
-        o->crc = (uint32_t)crc32(o->crc, (const Bytef *)p, (uInt)done);
+        o->crc = crc_of(o->crc, p, (size_t)done);
         o->size += (size_t)done, p += done;
     }
 }
