@@ -75,7 +75,7 @@ train_mamba2cu: train_mamba2.cu $(wildcard dev/cuda/*) $(SOURCES)
 EMU      ?= -O1 -g
 SAN      ?=
 EMULATE  := dev/emulate
-EMU_H    := $(wildcard $(EMULATE)/*.h $(EMULATE)/include/*.h) $(EMULATE)/launch.pl
+EMU_H    := $(wildcard $(EMULATE)/*.h $(EMULATE)/include/*.h dev/cuda/ptx.cuh) $(EMULATE)/launch.pl
 EMU_OMP  := $(if $(findstring thread,$(SAN)),,-fopenmp)
 EMUCXX    = $(CXX) -std=c++20 -x c++ -iquote . -I $(EMULATE) -I $(EMULATE)/include \
             -include $(EMULATE)/runtime.h -Wall -Wextra -Wno-unknown-pragmas -Wno-sign-compare \

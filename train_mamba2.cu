@@ -157,41 +157,7 @@ static void allow_shared(Kernel kernel, size_t bytes) {
 #undef UNROLL
 #define UNROLL _Pragma("unroll")
 
-// The PTX that the CUDA language has no name for; dev/emulate has its own versions.
-#ifdef __CUDACC__
-__device__ inline unsigned shared_address(const void *p) {
-    return (unsigned)__cvta_generic_to_shared(p);
-}
-__device__ inline void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-__device__ inline void ldmatrix(uint32_t r[4], const bf16 *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row)) : "memory");
-}
-__device__ inline void ldmatrix_trans(uint32_t r[4], const bf16 *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row)) : "memory");
-}
-__device__ inline float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-#else
-#include "mma.h"
-inline void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    emu::mma_m16n8k16_bf16(d, a, b);
-}
-inline void ldmatrix(uint32_t r[4], const bf16 *row) { emu::ldmatrix(4, false, r, row); }
-inline void ldmatrix_trans(uint32_t r[4], const bf16 *row) { emu::ldmatrix(4, true, r, row); }
-inline float exp2_fast(float x) { return exp2f(x); }
-#endif
+#include "dev/cuda/ptx.cuh"             // mma, ldmatrix, cp.async, ... as functions
 
 __device__ inline float quad_sum(float v) {       // over the 4 lanes that share a row of a fragment
     v += __shfl_xor_sync(~0u, v, 1);

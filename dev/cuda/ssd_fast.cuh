@@ -11,52 +11,6 @@
 constexpr int FQ = 128, FP = 64;                   // steps of a chunk; columns of a head, padded
 constexpr int PAD = 8;                            // of rows in shared memory, where they are padded
 
-#ifdef __CUDACC__
-template<int BYTES>                                // 4 or 16; zeros when not valid
-__device__ inline void cp_async(void *to, const void *from, bool valid) {
-    if (BYTES == 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                     :: "r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
-    } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
-                     :: "r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0) : "memory");
-    }
-}
-__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template<int LEFT> __device__ inline void cp_async_wait() {
-    asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
-}
-// __syncthreads() for warps that meet it at different lines, which CUDA C++ does not allow and PTX,
-// with a count, does; and the kind at which some warps wait for others that only announce
-// themselves.
-__device__ inline void barrier_wait(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
-}
-__device__ inline void barrier_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory");
-}
-__device__ inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
-    uint32_t y;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(0x80008000u));       // - 0
-    return y;
-}
-// What is computed from an opaque value is computed again at each use, not kept in registers.
-__device__ inline int opaque(int x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
-#else
-template<int BYTES> inline void cp_async(void *to, const void *from, bool valid) {
-    emu::cp_async(to, from, BYTES, !valid);
-}
-inline void cp_async_commit() { emu::cp_async_commit(); }
-template<int LEFT> inline void cp_async_wait() { emu::cp_async_wait_group(LEFT); }
-inline void barrier_wait(int id, int threads) { emu::barrier_sync(id, threads); }
-inline void barrier_arrive(int id, int threads) { emu::barrier_arrive(id, threads); }
-inline uint32_t mul_bf16x2(uint32_t a, uint32_t b);
-inline int opaque(int x) { return x; }
-#endif
-
 // Two bf16 in a register.
 __device__ inline uint32_t pack(float low, float high) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -66,11 +20,6 @@ __device__ inline uint32_t pack(float low, float high) {
 }
 __device__ inline float low(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ inline float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
-#ifndef __CUDACC__
-inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
-    return pack(low(a) * low(b), high(a) * high(b));
-}
-#endif
 
 __device__ inline float decay(float exponent, bool same_document) {
     return same_document ? exp2_fast(fminf(exponent, 0.0f)) : 0.0f;

@@ -409,13 +409,6 @@ EMU_ENGINE void barrier(const char *what, int id, int expected, Part part, EMU_H
     }
     __tsan_acquire(order);
 }
-// bar.sync ID, N and bar.arrive ID, N
-inline void barrier_sync(int id, int n, EMU_HERE) {
-    barrier("bar.sync", id, n, SYNC, file, line);
-}
-inline void barrier_arrive(int id, int n, EMU_HERE) {
-    barrier("bar.arrive", id, n, ARRIVE, file, line);
-}
 
 // ---- shared memory ------------------------------------------------------------------------------
 // New for each block: on the heap, where the address sanitizer sees its ends; without a past for

@@ -7,7 +7,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include "mma.h"
+#include "../cuda/ptx.cuh"
 
 static int *ints;                       // 64 on the device, zeros
 static float *floats;                   // 64 on the device, fresh
@@ -62,28 +62,28 @@ __global__ void half_warp_mma_kernel(float *o) {
     uint32_t a[4] = {}, b[2] = {};
     float d[4] = {};
     if (threadIdx.x < 16) return;
-    emu::mma_m16n8k16_bf16(d, a, b);
+    mma(d, a, b);
     o[threadIdx.x] = d[0];
 }
 static void half_warp_mma() { half_warp_mma_kernel<<<1, 32>>>(floats); }
 
 __global__ void short_count_kernel(int *o) {        // 64 wait, 32 arrive: one warp is forgotten
-    if (threadIdx.x < 32) emu::barrier_arrive(1, 128);
-    else emu::barrier_sync(1, 128);
+    if (threadIdx.x < 32) barrier_arrive(1, 128);
+    else barrier_wait(1, 128);
     o[threadIdx.x % 64] = 1;
 }
 static void short_count() { short_count_kernel<<<1, 96>>>(ints); }
 
 __global__ void counts_differ_kernel(int *o) {
-    if (threadIdx.x < 32) emu::barrier_arrive(1, 64);
-    else emu::barrier_sync(1, 96);
+    if (threadIdx.x < 32) barrier_arrive(1, 64);
+    else barrier_wait(1, 96);
     o[threadIdx.x] = 1;
 }
 static void counts_differ() { counts_differ_kernel<<<1, 64>>>(ints); }
 
 __global__ void arrives_twice_kernel(int *o) {
-    if (threadIdx.x < 32) for (int r = 0; r < 2; r++) emu::barrier_arrive(1, 96);
-    else emu::barrier_sync(1, 96);
+    if (threadIdx.x < 32) for (int r = 0; r < 2; r++) barrier_arrive(1, 96);
+    else barrier_wait(1, 96);
     o[threadIdx.x] = 1;
 }
 static void arrives_twice() { arrives_twice_kernel<<<1, 64>>>(ints); }
@@ -158,9 +158,9 @@ __global__ void no_way_back_kernel(int *o) {        // "full" is told, "empty" i
     for (int r = 1; r <= 2; r++) {
         if (threadIdx.x < 32) {
             s[t] = r;
-            emu::barrier_arrive(r, 64);
+            barrier_arrive(r, 64);
         } else {
-            emu::barrier_sync(r, 64);
+            barrier_wait(r, 64);
             o[t] += s[t];
         }
     }
@@ -170,11 +170,11 @@ static void no_way_back() { no_way_back_kernel<<<1, 64>>>(ints); }
 // ---- asynchronous copies, ldmatrix --------------------------------------------------------------
 __global__ void no_wait_kernel(float *o, const float *in, bool wait) {
     __shared__ float4 s[32];
-    emu::cp_async(&s[threadIdx.x % 16], in + 4 * (threadIdx.x % 16), 16);
-    emu::cp_async_commit();
-    if (wait) emu::cp_async_wait_group(1);          // should be 0
+    cp_async<16>(&s[threadIdx.x % 16], in + 4 * (threadIdx.x % 16), true);
+    cp_async_commit();
+    if (wait) cp_async_wait<1>();                   // should be 0
     float v = s[threadIdx.x % 16].x;
-    emu::cp_async_wait_all();
+    cp_async_wait<0>();
     o[threadIdx.x] = v;
 }
 static void no_wait() {
@@ -189,14 +189,15 @@ static void wrong_group() {
 }
 __global__ void never_waits_kernel(const float *in) {
     __shared__ float4 s[32];
-    emu::cp_async(&s[threadIdx.x], in, 16);
+    cp_async<16>(&s[threadIdx.x], in, true);
+    cp_async_commit();
 }
 static void never_waits() { never_waits_kernel<<<1, 32>>>(floats); }
 
 __global__ void ldmatrix_kernel(int pitch) {
     __shared__ uint16_t s[32 * 64];
     uint32_t r[4];
-    emu::ldmatrix(4, false, r, s + threadIdx.x * pitch);
+    ldmatrix(r, s + threadIdx.x * pitch);
 }
 static void odd_row() { ldmatrix_kernel<<<1, 32>>>(60); }
 static void bank_conflicts() {

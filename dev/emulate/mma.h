@@ -1,5 +1,5 @@
 // CUDA on a CPU, part 4: the instructions that need PTX, by the fragment layouts of the PTX manual.
-// A kernel's wrapper has inline PTX under __CUDACC__ and one of these calls otherwise.
+// dev/cuda/ptx.cuh has the same functions for a GPU, and includes this file for a CPU.
 #pragma once
 #include "types.h"
 
@@ -35,27 +35,29 @@ EMU_ENGINE void mma_all(void **slots, unsigned lanes) {
             ((Mma *)slots[i % 8 * 4 + j / 2])->d[i / 8 * 2 + j % 2] += sum[j];
     }
 }
-EMU_ENGINE void mma_m16n8k16_bf16(float *d, const uint32_t *a, const uint32_t *b, EMU_HERE) {
-    Mma s{d, a, b};
-    warp_call("mma.sync.m16n8k16", EMU_ALL, &s, mma_all, file, line);
+}  // namespace emu
+EMU_ENGINE void mma(float *d, const uint32_t *a, const uint32_t *b, EMU_HERE) {
+    emu::Mma s{d, a, b};
+    emu::warp_call("mma.sync.m16n8k16", EMU_ALL, &s, emu::mma_all, file, line);
 }
 
-// ---- ldmatrix.sync.aligned.m8n8.xN{.trans}.shared.b16 -------------------------------------------
-// Lane l names row l%8 of 8x8 matrix l/8, for l < 8N. In r[i] lane l gets elements 2(l%4) + {0,1}
-// of row l/4 of matrix i; of column l/4 with .trans.
-struct LoadMatrix { uint32_t *r; int n; bool trans; const void *at; uint16_t row[8]; };
+// ---- ldmatrix.sync.aligned.m8n8.x4{.trans}.shared.b16 -------------------------------------------
+// Lane l names row l%8 of 8x8 matrix l/8. In r[i] lane l gets elements 2(l%4) + {0,1} of row l/4 of
+// matrix i; of column l/4 with .trans.
+namespace emu {
+struct LoadMatrix { uint32_t *r; bool trans; const void *at; uint16_t row[8]; };
 
 // The rows of a matrix are read at once unless two of them lie in the same 16 bytes of the 128 that
 // the banks span: then it takes as many turns as the fullest of these places has rows.
-EMU_ENGINE void count_conflicts(void **slots, int n) {
+EMU_ENGINE void count_conflicts(LoadMatrix **slots) {
     Kernel *k = block->kernel;
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < 4; i++) {
         int turns = 1;
         for (uintptr_t place = 0; place < 8; place++) {
             uintptr_t rows[8];
             int different = 0;
             for (int l = 8 * i; l < 8 * i + 8; l++) {
-                uintptr_t at = (uintptr_t)((LoadMatrix *)slots[l])->at;
+                uintptr_t at = (uintptr_t)slots[l]->at;
                 bool known = at / 16 % 8 != place;
                 for (int j = 0; j < different; j++) known |= rows[j] == at;
                 if (!known) rows[different++] = at;
@@ -68,56 +70,68 @@ EMU_ENGINE void count_conflicts(void **slots, int n) {
 }
 EMU_ENGINE void ldmatrix_all(void **slots, unsigned lanes) {
     need_whole_warp("ldmatrix", lanes);
-    auto *s = (LoadMatrix **)slots;
-    int n = s[0]->n;
+    auto **s = (LoadMatrix **)slots;
     for (int l = 0; l < 32; l++)
-        for (int i = 0; i < n; i++) {
+        for (int i = 0; i < 4; i++) {
             int g = l / 4, t = 2 * (l % 4);
             LoadMatrix **m = s + 8 * i;
             uint32_t low = s[0]->trans ? m[t]->row[g] : m[g]->row[t];
             uint32_t high = s[0]->trans ? m[t + 1]->row[g] : m[g]->row[t + 1];
             s[l]->r[i] = low | high << 16;
         }
-    count_conflicts(slots, n);
+    count_conflicts(s);
 }
-inline void ldmatrix(int n, bool trans, uint32_t *r, const void *row, EMU_HERE) {
-    LoadMatrix s{r, n, trans, row, {}};
-    if (current("ldmatrix")->lane < 8 * n) {    // each lane reads the row that it names: races show
-        if ((uintptr_t)row % 16)
-            EMU_FAULT("ldmatrix at %s:%d: the row is not aligned to 16 bytes", file, line);
-        for (int i = 0; i < 8; i++) s.row[i] = ((const uint16_t *)row)[i];
-    }
+inline void ldmatrix(uint32_t *r, bool trans, const void *row, const char *file, int line) {
+    if ((uintptr_t)row % 16)
+        EMU_FAULT("ldmatrix at %s:%d: the row is not aligned to 16 bytes", file, line);
+    LoadMatrix s{r, trans, row, {}};
+    memcpy(s.row, row, sizeof s.row);           // by the lane that names the row: races show
     warp_call("ldmatrix", EMU_ALL, &s, ldmatrix_all, file, line);
+}
+}  // namespace emu
+inline void ldmatrix(uint32_t *r, const void *row, EMU_HERE) {
+    emu::ldmatrix(r, false, row, file, line);
+}
+inline void ldmatrix_trans(uint32_t *r, const void *row, EMU_HERE) {
+    emu::ldmatrix(r, true, row, file, line);
 }
 
 // ---- cp.async -----------------------------------------------------------------------------------
 // The copy is done as late as allowed, at the wait for its group. Until then its target holds NaNs,
 // so that a kernel that reads too early shows it.
-EMU_ENGINE void cp_async(void *to, const void *from, int bytes, bool zeros = false, EMU_HERE) {
-    Thread *me = current("cp.async");
-    if (((uintptr_t)to | (uintptr_t)from) % bytes)
-        EMU_FAULT("cp.async at %s:%d: an address is not aligned to %d bytes", file, line, bytes);
+template<int BYTES> EMU_ENGINE void cp_async(void *to, const void *from, bool valid, EMU_HERE) {
+    emu::Thread *me = emu::current("cp.async");
+    if (((uintptr_t)to | (uintptr_t)from) % BYTES)
+        EMU_FAULT("cp.async at %s:%d: an address is not aligned to %d bytes", file, line, BYTES);
     if (me->copies_n == me->copies_room) {
         me->copies_room = me->copies_room ? 2 * me->copies_room : 16;
-        me->copies = (AsyncCopy *)realloc(me->copies, me->copies_room * sizeof(AsyncCopy));
+        me->copies = (emu::AsyncCopy *)realloc(me->copies, me->copies_room * sizeof *me->copies);
     }
-    me->copies[me->copies_n++] = {to, zeros ? nullptr : from, bytes, me->group};
-    memset(to, 0xff, bytes);
+    me->copies[me->copies_n++] = {to, valid ? from : nullptr, BYTES, me->group};
+    memset(to, 0xff, BYTES);
 }
-EMU_ENGINE void cp_async_commit() { current("cp.async")->group++; }
-EMU_ENGINE void finish_copies(Thread *me, int last_group) {
+EMU_ENGINE void cp_async_commit() { emu::current("cp.async")->group++; }
+template<int LEFT> EMU_ENGINE void cp_async_wait() {
+    emu::Thread *me = emu::current("cp.async");
     int left = 0;
     for (int i = 0; i < me->copies_n; i++) {
-        AsyncCopy c = me->copies[i];
-        if (c.group > last_group) me->copies[left++] = c;
+        emu::AsyncCopy c = me->copies[i];
+        if (c.group >= me->group - LEFT) me->copies[left++] = c;
         else if (c.from) memcpy(c.to, c.from, c.bytes);
         else memset(c.to, 0, c.bytes);
     }
     me->copies_n = left;
 }
-EMU_ENGINE void cp_async_wait_group(int pending) {      // until at most so many groups are pending
-    Thread *me = current("cp.async");
-    finish_copies(me, me->group - pending - 1);
+
+// ---- numbered barriers, bf16 pairs, numbers -----------------------------------------------------
+inline void barrier_wait(int id, int n, EMU_HERE) {
+    emu::barrier("bar.sync", id, n, emu::SYNC, file, line);
 }
-EMU_ENGINE void cp_async_wait_all() { finish_copies(current("cp.async"), INT_MAX); }
-}  // namespace emu
+inline void barrier_arrive(int id, int n, EMU_HERE) {
+    emu::barrier("bar.arrive", id, n, emu::ARRIVE, file, line);
+}
+inline float exp2_fast(float x) { return exp2f(x); }
+inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+    return emu::bits<uint32_t>(emu::bits<__nv_bfloat162>(a) * emu::bits<__nv_bfloat162>(b));
+}
+inline int opaque(int x) { return x; }

@@ -19,56 +19,7 @@ static void check(bool ok, const char *what, int line) {
     exit(1);
 }
 
-// ---- the PTX wrappers: the only code that differs -----------------------------------------------
-#ifdef __CUDACC__
-__device__ inline unsigned shared_address(const void *p) {
-    return (unsigned)__cvta_generic_to_shared(p);
-}
-__device__ inline void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-__device__ inline void ldmatrix(uint32_t r[4], const void *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row)) : "memory");
-}
-__device__ inline void ldmatrix_trans(uint32_t r[4], const void *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row)) : "memory");
-}
-__device__ inline void cp_async16(void *to, const void *from, bool valid) {    // zeros if not valid
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template<int PENDING> __device__ inline void cp_async_wait() {
-    asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
-}
-__device__ inline void barrier_sync(int id, int n) {
-    asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(n) : "memory");
-}
-__device__ inline void barrier_arrive(int id, int n) {
-    asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(n) : "memory");
-}
-#else
-#include "mma.h"
-inline void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    emu::mma_m16n8k16_bf16(d, a, b);
-}
-inline void ldmatrix(uint32_t r[4], const void *row) { emu::ldmatrix(4, false, r, row); }
-inline void ldmatrix_trans(uint32_t r[4], const void *row) { emu::ldmatrix(4, true, r, row); }
-inline void cp_async16(void *to, const void *from, bool valid) {
-    emu::cp_async(to, from, 16, !valid);
-}
-inline void cp_async_commit() { emu::cp_async_commit(); }
-template<int PENDING> inline void cp_async_wait() { emu::cp_async_wait_group(PENDING); }
-inline void barrier_sync(int id, int n) { emu::barrier_sync(id, n); }
-inline void barrier_arrive(int id, int n) { emu::barrier_arrive(id, n); }
-#endif
+#include "../cuda/ptx.cuh"              // the wrappers that the kernels use
 
 // ---- helpers ------------------------------------------------------------------------------------
 template<class T> struct Device {       // n elements on the device, with a way to and fro
@@ -198,11 +149,11 @@ __global__ void roles_kernel(int *out, int rounds) {
     for (int r = 0; r < rounds; r++) {
         int full = 1 + r % 2, empty = 3 + r % 2;
         if (threadIdx.x < 64) {
-            if (r >= 2) barrier_sync(empty, 128);
+            if (r >= 2) barrier_wait(empty, 128);
             buffer[r % 2][t] = r * 100 + t;
             barrier_arrive(full, 128);
         } else {
-            barrier_sync(full, 128);
+            barrier_wait(full, 128);
             sum += buffer[r % 2][63 - t];
             if (r + 2 < rounds) barrier_arrive(empty, 128);
         }
@@ -391,7 +342,7 @@ __global__ void cp_async_kernel(uint4 *out, const uint4 *in) {
     __shared__ uint4 s[3][32];
     int l = threadIdx.x;
     for (int k = 0; k < 3; k++) {
-        cp_async16(&s[k][l], in + 32 * k + l, l < 24);
+        cp_async<16>(&s[k][l], in + 32 * k + l, l < 24);
         cp_async_commit();
     }
     cp_async_wait<2>();

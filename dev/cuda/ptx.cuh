@@ -1,0 +1,70 @@
+// ptx.cuh: the instructions that CUDA C++ has no name for, one function each. On a CPU their
+// places are taken by the functions of the same names in dev/emulate/mma.h; selftest.cu there holds
+// both against plain code.
+#ifdef __CUDACC__
+__device__ inline unsigned shared_address(const void *p) {
+    return (unsigned)__cvta_generic_to_shared(p);
+}
+// d (16,8) += a (16,16) b (16,8), by a warp; which lane holds what: see the PTX manual, or mma.h
+__device__ inline void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// Four 8x8 matrices from shared memory: lane l names row l % 8 of matrix l / 8
+__device__ inline void ldmatrix(uint32_t r[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)) : "memory");
+}
+__device__ inline void ldmatrix_trans(uint32_t r[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)) : "memory");
+}
+
+// Copies to shared memory that go on while the thread does: zeros when not valid
+template<int BYTES>                                // 4 or 16
+__device__ inline void cp_async(void *to, const void *from, bool valid) {
+    if (BYTES == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                     :: "r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+                     :: "r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0) : "memory");
+    }
+}
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template<int LEFT> __device__ inline void cp_async_wait() {    // until so many groups are left
+    asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
+}
+
+// __syncthreads() for warps that meet it at different lines, which CUDA C++ does not allow and PTX,
+// with a count, does; and the kind at which some warps wait for others that only announce
+// themselves.
+__device__ inline void barrier_wait(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
+}
+__device__ inline void barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory");
+}
+
+__device__ inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(0x80008000u));     // + -0
+    return y;
+}
+// What is computed from an opaque value is computed again at each use, not kept in registers.
+__device__ inline int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+#else
+#include "mma.h"
+#endif
