@@ -829,6 +829,9 @@ static void gather(real *out, const real *in, size_t ld, size_t rows, size_t col
     for (size_t i = 0; i < rows; i++) memcpy(out + i*cols, in + i*ld, cols*sizeof(real));
 }
 
+// Products with a triangle skip most of its zeros: rows go in strips, this many of len from i on.
+static size_t strip(size_t len, size_t i) { return least(24, len - i); }
+
 // Steps 1 and 3 go through the chunks in order; in parallel go the rows and their groups, and if
 // these are fewer than the threads, parts of the heads of a group.
 typedef struct { size_t r, g, first, last; } Heads;
@@ -870,8 +873,7 @@ static void ssd_states(const Dims *d, real *states, real *final, const real *xBC
                     real total = ssd_in_out(in, out, a, c.len);
                     for (size_t t = 0; t < c.len; t++) out[t] *= dt_h[t];
                     scale_rows(u, out, c.x + h*P, S, c.len, P);
-                    memcpy(next, state, NP*sizeof(real));
-                    matmul_small(next, P, B, 1, N, u, P, N, P, c.len, total);
+                    matmul_small(next, P, B, 1, N, u, P, N, P, c.len, total, state);
                 }
             }
         }
@@ -897,19 +899,23 @@ static void ssd_forward(const Dims *d, real *y, real *states, real *final, const
                 Chunk c = chunk_at(d, xBC, k, g);
                 gather(C, c.C, S, c.len, N);
                 transpose(Bt, Q, c.B, S, c.len, N);
-                matmul_small(CB, Q, C, N, 1, Bt, Q, c.len, c.len, N, 0);
+                matmul_small(CB, Q, C, N, 1, Bt, Q, c.len, c.len, N, 0, CB);
                 for (size_t h = g*(H/G); h < (g + 1)*(H/G); h++) {       // step 2
                     gather(x, c.x + h*P, S, c.len, P);
                     ssd_decay(d, a, dt_h, &c, dt, A_log[h], h, doc);
                     ssd_in_out(in, out, a, c.len);
                     ssd_mask(L, a, c.len, Q);
-                    matmul_small(yh, P, C, N, 1, states + (k*H + h)*N*P, P, c.len, P, N, 0);
+                    matmul_small(yh, P, C, N, 1, states + (k*H + h)*N*P, P, c.len, P, N, 0,
+                                 yh);
                     for (size_t i = 0; i < c.len; i++) {
                         SIMD for (size_t j = 0; j <= i; j++) L[i*Q + j] *= CB[i*Q + j]*dt_h[j];
                         SIMD for (size_t p = 0; p < P; p++)
                             yh[i*P + p] = in[i]*yh[i*P + p] + D[h]*x[i*P + p];
                     }
-                    matmul_small(yh, P, L, Q, 1, x, P, c.len, P, c.len, 1);
+                    for (size_t i = 0, m; i < c.len; i += m) {
+                        m = strip(c.len, i);
+                        matmul_small(yh + i*P, P, L + i*Q, Q, 1, x, P, m, P, i + m, 1, yh + i*P);
+                    }
                     for (size_t i = 0; i < c.len; i++)
                         memcpy(y + (c.first + i)*E + h*P, yh + i*P, P*sizeof(real));
                 }
@@ -944,8 +950,7 @@ static void ssd_states_backward(const Dims *d, real *g_states, real *g_initial, 
                     ssd_decay(d, a, dt_h, &c, dt, A_log[h], h, doc);
                     real total = ssd_in_out(in, out, a, c.len);
                     scale_rows(u, in, g_y + c.first*E + h*P, E, c.len, P);
-                    memcpy(before, g, NP*sizeof(real));
-                    matmul_small(before, P, C, 1, N, u, P, N, P, c.len, total);
+                    matmul_small(before, P, C, 1, N, u, P, N, P, c.len, total, g);
                 }
             }
         }
@@ -1004,7 +1009,10 @@ static void ssd_head_backward(const Dims *d, const SsdWork *w, const Chunk *c, s
     transpose(w->gt, Q, gy, P, len, P);
 
     // the gradients of CB and of its paths; from here on L is CB o L
-    matmul_small(w->path, Q, gy, P, 1, w->xt, Q, len, len, P, 0);
+    for (size_t l = 0, m; l < len; l += m) {
+        size_t to = least(round_up(l + (m = strip(len, l)), VL), Q);     // whole vectors
+        matmul_small(w->path + l*Q, Q, gy + l*P, P, 1, w->xt, Q, m, to, P, 0, w->path);
+    }
     for (size_t l = 0; l < len; l++) {
         real *path = w->path + l*Q, *g_CB = w->g_CB + l*Q, *L = w->L + l*Q;
         const real *CB = w->CB + l*Q;
@@ -1017,7 +1025,7 @@ static void ssd_head_backward(const Dims *d, const SsdWork *w, const Chunk *c, s
     }
 
     // R = out (B g_S') + (CB o L)^T g_y, and what depends on its rows
-    matmul_small(w->R, P, w->B, N, 1, g_state, P, len, P, N, 0);
+    matmul_small(w->R, P, w->B, N, 1, g_state, P, len, P, N, 0, w->R);
     for (size_t s = 0; s < len; s++) {
         real *R = w->R + s*P, dot = 0;
         SIMD for (size_t p = 0; p < P; p++) R[p] *= w->out[s];
@@ -1025,7 +1033,11 @@ static void ssd_head_backward(const Dims *d, const SsdWork *w, const Chunk *c, s
         for (size_t p = 0; p < P; p++) dot += R[p]*x[s*P + p];
         w->rho[s] = w->dt[s]*dot;
     }
-    matmul_small(w->R, P, w->L, 1, Q, gy, P, len, P, len, 1);
+    for (size_t s = 0, m; s < len; s += m) {
+        m = strip(len, s);
+        matmul_small(w->R + s*P, P, w->L + s*Q + s, 1, Q, gy + s*P, P, m, P, len - s, 1,
+                     w->R + s*P);
+    }
     for (size_t s = 0; s < len; s++) {
         real *R = w->R + s*P, *gx = g_xBC + (c->first + s)*S + h*P, Rx = 0, gyx = 0;
         OMP(simd reduction(+:Rx,gyx))
@@ -1045,8 +1057,8 @@ static void ssd_head_backward(const Dims *d, const SsdWork *w, const Chunk *c, s
             w->xt[p*Q + s] *= w->out[s];
             w->gt[p*Q + s] *= w->in[s];
         }
-    matmul_small(w->gBt, Q, g_state, P, 1, w->xt, Q, N, len, P, 1);
-    matmul_small(w->tmp, Q, state, P, 1, w->gt, Q, N, len, P, 0);
+    matmul_small(w->gBt, Q, g_state, P, 1, w->xt, Q, N, len, P, 1, w->gBt);
+    matmul_small(w->tmp, Q, state, P, 1, w->gt, Q, N, len, P, 0, w->tmp);
     for (size_t l = 0; l < len; l++) w->pi[l] = 0;
     for (size_t i = 0; i < N; i++)
         SIMD for (size_t l = 0; l < len; l++) {
@@ -1081,7 +1093,7 @@ static void ssd_backward(const Dims *d, real *g_xBC, real *g_dt, real *g_A_log, 
                 gather(w.C, c.C, S, c.len, N);
                 transpose(w.Bt, Q, w.B, N, c.len, N);
                 transpose(w.Ct, Q, w.C, N, c.len, N);
-                matmul_small(w.CB, Q, w.C, N, 1, w.Bt, Q, c.len, c.len, N, 0);
+                matmul_small(w.CB, Q, w.C, N, 1, w.Bt, Q, c.len, c.len, N, 0, w.CB);
                 memset(w.g_CB, 0, Q*Q*sizeof(real));
                 memset(w.gBt, 0, N*Q*sizeof(real));
                 memset(w.gCt, 0, N*Q*sizeof(real));
@@ -1091,8 +1103,8 @@ static void ssd_backward(const Dims *d, real *g_xBC, real *g_dt, real *g_A_log, 
                                       D, doc);
                 transpose(gB, S, w.gBt, Q, N, c.len);
                 transpose(gC, S, w.gCt, Q, N, c.len);
-                matmul_small(gB, S, w.g_CB, 1, Q, w.C, N, c.len, N, c.len, 1);
-                matmul_small(gC, S, w.g_CB, Q, 1, w.B, N, c.len, N, c.len, 1);
+                matmul_small(gB, S, w.g_CB, 1, Q, w.C, N, c.len, N, c.len, 1, gB);
+                matmul_small(gC, S, w.g_CB, Q, 1, w.B, N, c.len, N, c.len, 1, gC);
             }
         free(w.L);
     }

@@ -12,17 +12,20 @@
 // bit of it depends on the number of threads, nor on which other rows and columns there are.
 
 #if defined __AVX512F__             // reals in a vector, and as many rows in a tile as 32 registers
-#define LANES_float 16              // can take: MR*NV sums, NV vectors of B and one of A
+#define LANES_float 16              // can take: rows*vectors sums, the vectors of B and one of A
 #define LANES_double 8
 #define MR 8
+#define SMALL_NV 4
 #elif defined __AVX__               // 16 registers from here on
 #define LANES_float 8
 #define LANES_double 4
 #define MR 4
+#define SMALL_NV 2
 #else
 #define LANES_float 4
 #define LANES_double 2
 #define MR 4
+#define SMALL_NV 2
 #endif
 #define PASTE_(a, b) a##b
 #define PASTE(a, b) PASTE_(a, b)
@@ -52,6 +55,7 @@ enum {
     GROUP = 96,                     // rows of A packed at a time
     EDGE = 64,                      // values of k packed at a time at the edges of a small product
     PITCH = KC + 2,                 // + 2, or panels of 2^n bytes would compete for one cache set
+    SMALL_MR = 6, SMALL_END = 4,    // rows of a tile of SMALL_NV vectors, whose B lies in L1
     FEW = 4,                        // rows that are not worth packing B for
     STRIDED = 0, PACKED, PAIRS      // operands of a tile: in place; in panels; of pairs of bf16
 };
@@ -59,8 +63,8 @@ typedef real vec __attribute__((vector_size(VL*sizeof(real))));
 typedef real vec_at __attribute__((vector_size(VL*sizeof(real)), aligned(sizeof(real)), may_alias));
 
 static int matmul_bf16;             // round A and B to bf16; the sums stay in fp32
-static real packed_A[2][MB*PITCH] __attribute__((aligned(64)));     // two of each: one is packed
-static real packed_B[2][NB*PITCH] __attribute__((aligned(64)));     // while the other is in use
+static real *packed_A[2], *packed_B[2];         // MB*PITCH, NB*PITCH; one is packed while the other
+                                                // is in use
 
 static int bf16_available(void) { return BF16 && sizeof(real) == sizeof(float); }
 static size_t least(size_t a, size_t b) { return a < b ? a : b; }
@@ -88,36 +92,49 @@ INLINE vec multiply_add(vec sum, const real *a, vec b, const int kind) {
     return sum + *a*b;
 }
 
-// C = beta C + A B for MR rows and nv vectors. Panels are prefetched, B from L2 and A from L3.
-INLINE void tile(real *C, size_t ldc, const real *A, size_t a_row, size_t a_col,
-                 const real *B, size_t ldb, size_t K, real beta, const int nv, const int kind) {
-    vec sum[MR][NV] = {{{0}}}, b[NV];
-    for (size_t k = 0; k < K; k++, A += a_col, B += ldb) {
-        UNROLL for (int j = 0; j < nv; j++)
-            b[j] = *(const vec_at *)(B + j*VL);
-        if (kind != STRIDED) {
-            __builtin_prefetch(A + 64*a_col);
+// C = beta from + A B for mr rows and nv vectors. Panels are prefetched, B from L2 and A from L3;
+// and C, row by row during the sums, for all its rows at once would keep those waiting.
+INLINE void tile(real *C, const real *from, size_t ldc, const real *A, size_t a_row, size_t a_col,
+                 const real *B, size_t ldb, size_t K, real beta, const int mr, const int nv,
+                 const int kind) {
+    vec sum[8][4] = {{{0}}}, b[4];                          // mr by nv of them
+    const int turns = kind == STRIDED ? 1 : mr;
+    size_t k = 0;
+    for (int turn = 0; turn < turns; turn++) {
+        if (kind != STRIDED)
+            UNROLL for (int j = 0; j <= nv; j++)
+                __builtin_prefetch(C + turn*ldc + j*VL - (j == nv), 1);
+        for (size_t end = K*(turn + 1)/turns; k < end; k++, A += a_col, B += ldb) {
             UNROLL for (int j = 0; j < nv; j++)
-                __builtin_prefetch(B + 8*ldb + j*VL);
+                b[j] = *(const vec_at *)(B + j*VL);
+            if (kind != STRIDED) {
+                __builtin_prefetch(A + 64*a_col);
+                UNROLL for (int j = 0; j < nv; j++)
+                    __builtin_prefetch(B + 8*ldb + j*VL);
+            }
+            UNROLL for (int i = 0; i < mr; i++)
+                UNROLL for (int j = 0; j < nv; j++)
+                    sum[i][j] = multiply_add(sum[i][j], A + i*a_row, b[j], kind);
         }
-        UNROLL for (int i = 0; i < MR; i++)
-            UNROLL for (int j = 0; j < nv; j++)
-                sum[i][j] = multiply_add(sum[i][j], A + i*a_row, b[j], kind);
     }
-    UNROLL for (int i = 0; i < MR; i++, C += ldc)
+    UNROLL for (int i = 0; i < mr; i++, C += ldc, from += ldc)
         UNROLL for (int j = 0; j < nv; j++) {
             if (beta != 0)
-                sum[i][j] += beta * *(vec_at *)(C + j*VL);
+                sum[i][j] += beta * *(const vec_at *)(from + j*VL);
             *(vec_at *)(C + j*VL) = sum[i][j];
         }
 }
 
 // The same for n columns: the compiler makes a tile for each number of vectors
-INLINE void full_tile(real *C, size_t ldc, const real *A, size_t a_row, size_t a_col, const real *B,
-                      size_t ldb, size_t n, size_t K, real beta, const int kind) {
-    if (n > 2*VL)    tile(C, ldc, A, a_row, a_col, B, ldb, K, beta, 3, kind);
-    else if (n > VL) tile(C, ldc, A, a_row, a_col, B, ldb, K, beta, 2, kind);
-    else             tile(C, ldc, A, a_row, a_col, B, ldb, K, beta, 1, kind);
+INLINE void full_tile(real *C, const real *from, size_t ldc, const real *A, size_t a_row,
+                      size_t a_col, const real *B, size_t ldb, size_t n, size_t K, real beta,
+                      const int mr, const int kind) {
+#define TILE(nv) tile(C, from, ldc, A, a_row, a_col, B, ldb, K, beta, mr, nv, kind)
+    if (SMALL_NV > 3 && n > 3*VL) TILE(SMALL_NV);
+    else if (NV > 2 && n > 2*VL)  TILE(3);
+    else if (n > VL)              TILE(2);
+    else                          TILE(1);
+#undef TILE
 }
 
 // The same on panels a (K,MR) and b (K,NR). At the edges of C a whole tile is computed beside it.
@@ -132,19 +149,20 @@ static void packed_tile(real *C, size_t ldc, const real *a, const real *b, size_
             memcpy(C + i*ldc, edge + i*NR, n*sizeof(real));
         return;
     }
-    for (size_t i = 0; i < MR; i++)                         // C comes into L1 during the sums
-        for (size_t j = 0; j < n; j += VL)
-            __builtin_prefetch(C + i*ldc + j, 1);
     if (BF16 == 2 && pairs)
-        full_tile(C, ldc, a, 1, MR, b, NR, n, parts(K, 2), beta, PAIRS);
+        full_tile(C, C, ldc, a, 1, MR, b, NR, n, parts(K, 2), beta, MR, PAIRS);
     else
-        full_tile(C, ldc, a, 1, MR, b, NR, n, K, beta, PACKED);
+        full_tile(C, C, ldc, a, 1, MR, b, NR, n, K, beta, MR, PACKED);
 }
 
 // The same where nothing is packed; not inline, for its strides need all the registers
-static __attribute__((noinline)) void strided_tile(real *C, size_t ldc, const real *A, size_t a_row,
-    size_t a_col, const real *B, size_t ldb, size_t n, size_t K, real beta) {
-    full_tile(C, ldc, A, a_row, a_col, B, ldb, n, K, beta, STRIDED);
+static __attribute__((noinline)) void strided_tile(real *C, const real *from, size_t ldc,
+    const real *A, size_t a_row, size_t a_col, const real *B, size_t ldb, size_t m, size_t n,
+    size_t K, real beta) {
+    if (m == SMALL_MR)
+        full_tile(C, from, ldc, A, a_row, a_col, B, ldb, n, K, beta, SMALL_MR, STRIDED);
+    else
+        full_tile(C, from, ldc, A, a_row, a_col, B, ldb, n, K, beta, SMALL_END, STRIDED);
 }
 
 // The indices of two vectors' elements taken in turn, from `first` on: a zip
@@ -274,6 +292,10 @@ static void matmul(real *C, size_t ldc, const real *A, size_t a_row, size_t a_co
     size_t rows = mb;                                       // of a block: many, yet enough tasks
     while (rows > 8*MR && parts(mb, rows)*blocks < tasks)
         rows = even(rows, rows/2, MR);
+    for (int turn = 0; turn < 2 && !packed_B[turn]; turn++) {
+        packed_A[turn] = (real *)alloc_work(MB*PITCH, sizeof(real));
+        packed_B[turn] = (real *)alloc_work(NB*PITCH, sizeof(real));
+    }
     OMP(parallel)
     for (size_t p = 0, a_turn = 0, b_turn = 0; p < K; p += kc)
     for (size_t i = 0; i < M; i += mb)
@@ -303,27 +325,43 @@ static void matmul(real *C, size_t ldc, const real *A, size_t a_row, size_t a_co
     }
 }
 
-// C = beta C + A B, serial and from L1 and L2, for sizes that are not worth packing; C and B have
-// contiguous rows, A any strides. With beta = 0, C is not read.
+// The same for fewer rows, or fewer columns than a vector: packed, to read inside A and B
+static void edge_tile(real *C, const real *from, size_t ldc, const real *A, size_t a_row,
+                      size_t a_col, const real *B, size_t ldb, size_t m, size_t n, size_t K,
+                      real beta) {
+    real a[EDGE*MR], b[EDGE*NR];
+    for (size_t i = 0; from != C && beta != 0 && i < m; i++)
+        memcpy(C + i*ldc, from + i*ldc, n*sizeof(real));
+    for (size_t p = 0, k; p < K; p += k) {
+        k = least(EDGE, K - p);
+        pack(a, 0, A + p*a_col, a_row, a_col, m, k, MR, 0);
+        pack(b, 0, B + p*ldb, 1, ldb, n, k, NR, 0);
+        packed_tile(C, ldc, a, b, m, n, k, p ? 1 : beta, 0);
+    }
+}
+
+// Rows of the next tile, when m are left: 6, at the end 4; fewer are an edge
+static size_t small_rows(size_t m) {
+    if (m == 2*SMALL_END) return SMALL_END;
+    return m >= SMALL_MR ? SMALL_MR : m >= SMALL_END ? SMALL_END : m;
+}
+
+// C = beta from + A B, serial and from L1 and L2, for sizes that are not worth packing; C, `from`
+// and B have contiguous rows, A any strides. `from` has C's pitch, and is C or lies elsewhere; with
+// beta = 0 it is not read.
 static void matmul_small(real *C, size_t ldc, const real *A, size_t a_row, size_t a_col,
-                         const real *B, size_t ldb, size_t M, size_t N, size_t K, real beta) {
+                         const real *B, size_t ldb, size_t M, size_t N, size_t K, real beta,
+                         const real *from) {
     for (size_t i = 0; !K && i < M; i++)
-        for (size_t j = 0; j < N; j++) C[i*ldc + j] = beta == 0 ? 0 : beta*C[i*ldc + j];
-    for (size_t q = 0; K && q < panels(N); q++)
-        for (size_t i = 0; i < M; i += MR) {
-            const size_t j = panel_start(q, N), n = panel_start(q + 1, N) - j, m = least(MR, M - i);
-            if (m == MR && n % VL == 0) {
-                strided_tile(C + i*ldc + j, ldc, A + i*a_row, a_row, a_col, B + j, ldb, n, K, beta);
-                continue;
-            }
-            for (size_t p = 0, k; p < K; p += k) {          // edges: packed, to read inside A and B
-                real a[EDGE*MR], b[EDGE*NR];
-                k = least(EDGE, K - p);
-                pack(a, 0, A + i*a_row + p*a_col, a_row, a_col, m, k, MR, 0);
-                pack(b, 0, B + p*ldb + j, 1, ldb, n, k, NR, 0);
-                packed_tile(C + i*ldc + j, ldc, a, b, m, n, k, p ? 1 : beta, 0);
-            }
+        for (size_t j = 0; j < N; j++) C[i*ldc + j] = beta == 0 ? 0 : beta*from[i*ldc + j];
+    for (size_t j = 0, n; K && j < N; j += n) {
+        n = N - j < VL ? N - j : least(SMALL_NV, (N - j)/VL)*VL;
+        for (size_t i = 0, m; i < M; i += m) {
+            m = small_rows(M - i);
+            (n < VL || m < SMALL_END ? edge_tile : strided_tile)(C + i*ldc + j, from + i*ldc + j,
+                ldc, A + i*a_row, a_row, a_col, B + j, ldb, m, n, K, beta);
         }
+    }
 }
 
 INLINE double fma_rate(void) {

@@ -37,10 +37,13 @@ static size_t mul(size_t a, size_t b) {
     return product;
 }
 
-// Memory aligned for vectors, not cleared: pages that nobody touches are never there.
+// Memory aligned for vectors, not cleared: pages that nobody touches are never there. Large blocks
+// ask for pages of 2 MB, which spare the many walks through page tables that matrices cost.
 static void *alloc_work(size_t count, size_t size) {
-    size_t bytes = (mul(count, size) + 127)/64*64;
-    void *p = aligned_alloc(64, bytes);
+    size_t page = mul(count, size) >= 8 << 20 ? 2 << 20 : 64, bytes;
+    bytes = (count*size + 64 + page - 1)/page*page;
+    void *p = aligned_alloc(page, bytes);
+    if (p && page > 64) madvise(p, bytes, MADV_HUGEPAGE);
     CHECK(p, "out of memory: %zu bytes (%.2f GiB) could not be had; try a smaller --batch or "
           "--seq-len, or --recompute", bytes, (double)bytes/(1 << 30));
     return p;

@@ -136,7 +136,8 @@ static void test_matmul_small(void) {
         real *before = random_buffer(M*ldc, -1, 1), *C;
         for (size_t i = 0; i < M*ldc && beta == 0; i++) before[i] = NAN;
         C = copy_of(before, M*ldc);
-        matmul_small(C, ldc, A.x, A.row, A.col, B.x, B.row, M, N, K, (real)beta);
+        for (size_t i = 0; i < M*N && s/6%2; i++) C[i/N*ldc + i%N] = NAN;        // not read then
+        matmul_small(C, ldc, A.x, A.row, A.col, B.x, B.row, M, N, K, (real)beta, s/6%2 ? before : C);
         expect(product_error(C, before, ldc, A, B, M, N, K, beta), rounding(K + 2),
                "%zu x %zu x %zu, beta %g", M, N, K, beta);
         expect(gaps_touched(C, before, ldc, M, N), 0, "beyond C, %zu x %zu x %zu", M, N, K);
