@@ -307,6 +307,7 @@ X(rstd,      (K, n))          /* 1/rms of a row of resid                        
 X(zxBCdt,    (K, n, Z))       /* u in_proj^T                                                     */\
 X(xBC,       (K, n, S))       /* silu(conv1d(zxBCdt's xBC))                                      */\
 X(dt,        (K, n, H))       /* softplus(zxBCdt's dt + dt_bias), clamped                        */\
+X(states,    (K, C, H, N, P)) /* SSD's state before each of the C chunks of the batch            */\
 X(y,         (K, n, E))       /* SSD(x, dt, A, B, C) + D x                                       */\
 X(rstd_g,    (K, n, G))       /* 1/rms of y silu(z), for each group                              */\
 X(o,         (K, n, E))       /* rmsnorm(y silu(z))                                              */\
@@ -327,7 +328,6 @@ X(g_xBC,     (n, S))                                                            
 X(g_zxBCdt,  (n, Z))                                                                               \
 X(g_h,       (nmlp, F))                                                                            \
 X(g_ab,      (nmlp, F2))                                                                           \
-X(states,    (C, H, N, P))    /* the state before each of the C chunks of the batch              */\
 X(g_states,  (C, H, N, P))    /* the gradient of the state after each chunk                      */\
 X(past,      (L, lanes, W1, S))  /* --carry: the convolution's last inputs, before and after     */\
 X(past_new,  (L, lanes, W1, S))                                                                    \
@@ -882,7 +882,7 @@ static void ssd_states(const Dims *d, real *states, real *final, const real *xBC
 }
 
 // y (n,E)  xBC (n,S)  dt (n,H)  A_log, D (H)  initial, final (R,H,N,P) or NULL  doc (n) or NULL
-// states (R*chunks,H,N,P) is work space
+// states (R*chunks,H,N,P): before each chunk
 static void ssd_forward(const Dims *d, real *y, real *states, real *final, const real *xBC,
                         const real *dt, const real *A_log, const real *D, const real *initial,
                         const int *doc) {
@@ -1072,14 +1072,14 @@ static void ssd_head_backward(const Dims *d, const SsdWork *w, const Chunk *c, s
 }
 
 // g_xBC (n,S), g_dt (n,H) are written, g_A_log, g_D (H) added to; g_initial, g_final (R,H,N,P) or
-// NULL; states, g_states (R*chunks,H,N,P) are work space
+// NULL; states are ssd_forward's, g_states (R*chunks,H,N,P) is work space
 static void ssd_backward(const Dims *d, real *g_xBC, real *g_dt, real *g_A_log, real *g_D,
-                         real *g_initial, const real *g_y, const real *g_final, real *states,
-                         real *g_states, const real *xBC, const real *dt, const real *A_log,
-                         const real *D, const real *initial, const int *doc) {
+                         real *g_initial, const real *g_y, const real *g_final,
+                         const real *states, real *g_states, const real *xBC, const real *dt,
+                         const real *A_log, const real *D, const real *initial, const int *doc) {
     size_t H = d->H, P = d->P, N = d->N, G = d->G, Q = d->Q, S = d->S, n = d->n;
     real *g_a = alloc_reals(2*n*H), *g_D_token = g_a + n*H;
-    ssd_states(d, states, NULL, xBC, dt, A_log, initial, doc);
+    (void)initial;                                           // it is the first of states
     ssd_states_backward(d, g_states, g_initial, g_y, g_final, xBC, dt, A_log, doc);
     OMP(parallel)
     {

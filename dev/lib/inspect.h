@@ -30,7 +30,7 @@ static void dump_layer(void *watcher, size_t l, int part) {
         const real *data = ((real *const *)&a)[i];
         int late = !strcmp(s->name, "g_zxBCdt") || !strcmp(s->name, "g_u")
                 || !strcmp(s->name, "g_resid");
-        if (part == 0 && s->shape_text[1] == 'K' && s->count)
+        if (part == 0 && s->shape_text[1] == 'K' && s->count && strcmp(s->name, "states"))
             dump_tensor(dump, str("act.layers.%zu.%s", l, s->name), s->rank - 1, s->shape + 1,
                         data);
         if (part > 0 && !strncmp(s->name, "g_", 2) && strcmp(s->name, "g_states")
