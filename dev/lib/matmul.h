@@ -327,16 +327,19 @@ static void matmul(real *C, size_t ldc, const real *A, size_t a_row, size_t a_co
 
 // The same for fewer rows, or fewer columns than a vector: packed, to read inside A and B
 static void edge_tile(real *C, const real *from, size_t ldc, const real *A, size_t a_row,
-                      size_t a_col, const real *B, size_t ldb, size_t m, size_t n, size_t K,
+                      size_t a_col, const real *B, size_t ldb, size_t m, size_t columns, size_t K,
                       real beta) {
     real a[EDGE*MR], b[EDGE*NR];
     for (size_t i = 0; from != C && beta != 0 && i < m; i++)
-        memcpy(C + i*ldc, from + i*ldc, n*sizeof(real));
+        memcpy(C + i*ldc, from + i*ldc, columns*sizeof(real));
     for (size_t p = 0, k; p < K; p += k) {
         k = least(EDGE, K - p);
         pack(a, 0, A + p*a_col, a_row, a_col, m, k, MR, 0);
-        pack(b, 0, B + p*ldb, 1, ldb, n, k, NR, 0);
-        packed_tile(C, ldc, a, b, m, n, k, p ? 1 : beta, 0);
+        for (size_t j = 0, n; j < columns; j += n) {
+            n = least(NR, columns - j);
+            pack(b, 0, B + p*ldb + j, 1, ldb, n, k, NR, 0);
+            packed_tile(C + j, ldc, a, b, m, n, k, p ? 1 : beta, 0);
+        }
     }
 }
 
