@@ -210,6 +210,7 @@ X(Opt,    compare,        "",       0, 0,      Inspect, "REF[,BASE]: compare wit
 X(Int,    profile,        "0",      0, 1e9,    Inspect, "time the parts of N steps, stop")        \
 X(Switch, dry_run,        "",       0, 1,      Inspect, "print shape, memory and data, stop")     \
 X(Int,    device,         "0",      0, 1024,   Inspect, "number of the GPU")                      \
+X(Int,    graph,          "1",      0, 1,      Inspect, "GPU: 1: replay steps as CUDA graphs")     \
 X(Switch, help,           "",       0, 1,      Inspect, "this text")                              \
 X(Switch, version,        "",       0, 1,      Inspect, "version and build")
 // clang-format on
@@ -1252,6 +1253,7 @@ typedef struct {
     int add;                            // 0: the step's first micro-batch, gradients start from 0
     size_t lane;                        // --carry: of the micro-batch's first row
     int recurrent;                      // generation: one token at a time
+    int remote;                         // here are only losses and the states of --carry
     real *all_logits;                   // (n,V) a copy for --dump, or NULL
     void (*watch)(void *watcher, size_t layer, int part);    // --dump: called in each layer
     void *watcher;
@@ -1273,6 +1275,10 @@ static void model_allocate(Model *m, const Dims *d, int training) {
         m->grads = allocate_params(&m->g, m->specs);
         m->mean = allocate_params(&m->m, m->specs);
         m->square = allocate_params(&m->v, m->specs);
+    }
+    for (size_t k = 0; k < ACT_COUNT && m->remote; k++) {    // the rest is on the device
+        Spec *s = &m->act_specs[k];
+        if (strncmp(s->shape_text, "(L, ", 4) && strcmp(s->name, "losses")) s->count = 0;
     }
     m->acts = allocate_acts(&m->a, m->act_specs);
 }
@@ -2250,11 +2256,16 @@ static int *prompt_tokens(const Tokenizer *tok, size_t *count) {
 
 struct Run;
 
+// What a model takes of a device's memory, and what there is, in bytes
+typedef struct { double weights, grads, moments, activations, logits, work, room; } Memory;
+
 // What a device does. train_mamba2.cu fills in the same table for the GPU; the Model's weights,
 // moments and gradients are then copies that fetch() brings up to date.
 typedef struct {
     const char *name;
+    int remote;                                              // it has memory of its own
     void (*start)(void);                                     // flags are read: is it there?
+    Memory (*memory)(const Dims *d);                         // what such a model takes
     void (*open)(Model *m);                                  // the weights are set: get ready
     double (*loss)(Model *m, int backward);                  // of one micro-batch
     double (*norm)(Model *m);                                // of all gradients
@@ -2263,7 +2274,9 @@ typedef struct {
     void (*fetch)(Model *m);
     void (*generate)(const Model *m, const Tokenizer *tok, const int *prompt, size_t prompt_size,
                      Int count, uint64_t stream);
+    double (*flops)(const Model *m);                         // of training, for a token
     double (*peak)(void);                                    // FLOP/s of the device, 0: unknown
+    int (*profile)(Int steps);                               // after each one; 1: printed, stop
     int (*compare)(struct Run *run);                         // --compare without a file, or NULL
 } Backend;
 
@@ -2385,26 +2398,32 @@ static Tokenizer *choose_tokenizer(const char *dir) {        // dir: a model dir
     return *flags.tokenizer ? tokenizer_load(flags.tokenizer) : tokenizer_bytes();
 }
 
-// The memory that a model with these sizes takes, in bytes
-static double memory_plan(const Dims *d, double *parameters, double *activations) {
-    Spec params[PARAM_COUNT], acts[ACT_COUNT];
-    param_specs(d, params);
-    act_specs(d, acts);
-    *parameters = 4.0*(double)(total(params, PARAM_COUNT)*sizeof(real));
-    *activations = (double)(total(acts, ACT_COUNT)*sizeof(real));
-    return *parameters + *activations;
+static double memory_sum(const Memory *m) {
+    return m->weights + m->grads + m->moments + m->activations + m->logits + m->work;
 }
 
-static size_t largest_batch(Dims d) {
-    double room = (double)sysconf(_SC_AVPHYS_PAGES)*(double)sysconf(_SC_PAGESIZE), p, a;
-    size_t best = 0;
-    for (size_t R = 1; R < 1 << 20; R *= 2) {
-        dims_batch(&d, R, d.T);
-        if (d.lanes) d.lanes = R*(size_t)flags.accum;
-        if (memory_plan(&d, &p, &a) > 0.95*room) break;
-        best = R;
-    }
-    return best;
+static const char *memory_text(const Memory *m) {
+    const double GiB = 1 << 30;
+    return str("%.2f GiB: weights %.2f, gradients %.2f, moments %.2f, activations %.2f, logits "
+               "%.2f, work %.2f%s", memory_sum(m)/GiB, m->weights/GiB, m->grads/GiB,
+               m->moments/GiB, m->activations/GiB, m->logits/GiB, m->work/GiB,
+               flags.recompute ? " (--recompute)" : "");
+}
+
+static int batch_fits(const Backend *device, Dims d, size_t R) {
+    dims_batch(&d, R, d.T);
+    if (d.lanes) d.lanes = mul(R, (size_t)flags.accum);
+    Memory m = device->memory(&d);
+    return memory_sum(&m) <= 0.95*m.room;
+}
+
+// In steps that double until one is too many, and then halve
+static size_t largest_batch(const Backend *device, const Dims *d) {
+    size_t fits = 0, step = 1;
+    while (step < 1 << 20 && batch_fits(device, *d, fits + step)) fits += step, step *= 2;
+    for (; step; step /= 2)
+        if (batch_fits(device, *d, fits + step)) fits += step;
+    return fits;
 }
 
 static size_t loader_tokens(const Loader *d) {
@@ -2416,16 +2435,15 @@ static size_t loader_tokens(const Loader *d) {
 static void print_summary(const Run *run) {
     const Dims *d = &run->m.d;
     Spec specs[PARAM_COUNT];
-    double parameters, activations, tokens = (double)loader_tokens(&run->train);
+    double tokens = (double)loader_tokens(&run->train);
     double seen = (double)flags.steps*(double)flags.accum*(double)d->n;
     param_specs(d, specs);
-    double all = memory_plan(d, &parameters, &activations)/(1 << 30);
+    Memory memory = run->device->memory(d);
     printf("model    %s: %s parameters, %zu layers, d_model %zu, %zu heads of %zu, d_state %zu, "
            "vocabulary %zu (%zu rows)%s\n", *flags.init ? flags.init : flags.model,
            human((double)parameter_count(specs)), d->L, d->M, d->H, d->P, d->N, d->vocab, d->V,
            d->F ? str(", MLP %zu", d->F) : "");
-    printf("memory   %.2f GiB: weights, gradients and moments %.2f, activations %.2f%s\n", all,
-           parameters/(1 << 30), activations/(1 << 30), flags.recompute ? " (--recompute)" : "");
+    printf("memory   %s\n", memory_text(&memory));
     printf("data     %s: %s tokens to train on, %s to validate\n", flags.data, human(tokens),
            run->has_val ? human((double)loader_tokens(&run->val)) : "none");
     printf("training %" PRId64 " steps of %" PRId64 " x %zu x %zu tokens (%.2f epochs), lr %g %s, "
@@ -2459,6 +2477,7 @@ static void run_open(Run *run, const char *dir, const Json *state, int training)
     if (dir && t->tokenizer && (size_t)run->tok->vocab < d.V) d.vocab = (size_t)run->tok->vocab;
     run->p.best = INFINITY;
     run->m.d = d;
+    run->m.remote = run->device->remote && !flags.dump && !flags.compare;
     if (flags.dry_run) return;
     model_allocate(&run->m, &d, training);
     if (state) restore_checkpoint(dir, state, &run->m, &run->p, t);
@@ -2511,6 +2530,7 @@ static const char *weights_open(Run *run, size_t R, size_t T) {
     flags.carry = 0, flags.recompute = 1;
     finish_dims(&d, dir, R, T);
     run->device->start();
+    run->m.remote = run->device->remote;
     model_allocate(&run->m, &d, 0);
     read_weights(dir, &run->m);
     run->device->open(&run->m);
@@ -2588,7 +2608,7 @@ static void check_finite(const Model *m, const char *what, double value, const P
 static void log_step(Run *run, double loss, double norm, double lr, double seconds, int skipped) {
     const Progress *p = &run->p;
     double tokens = (double)(run->m.d.n*(size_t)flags.accum);
-    double use = 6*(double)parameter_count(run->m.specs)*tokens/seconds/run->peak;
+    double use = run->device->flops(&run->m)*tokens/seconds/run->peak;
     int digits = sizeof(real) == 4 ? 9 : 17, width = (int)strlen(str("%" PRId64, flags.steps));
     Text line = { NULL, 0, 0 };
     put(&line, "{\"step\":%" PRId64 ",\"loss\":%.*g,\"grad_norm\":%.*g,\"lr\":%.17g,", p->step,
@@ -2684,13 +2704,15 @@ static void on_signal(int sig) {
 
 static int due(Int step, Int every) { return every && (step % every == 0 || step == flags.steps); }
 
-static void print_profile(void) {
+static int cpu_profile(Int steps) {
     double sum = 0;
+    if (steps < flags.profile && steps < flags.steps) return 0;
     for (size_t i = 0; laps[i].name; i++) sum += laps[i].seconds;
     printf("%-12s %10s %7s\n", "part", "ms a step", "share");
     for (size_t i = 0; laps[i].name; i++)
-        printf("%-12s %10.2f %6.1f%%\n", laps[i].name, 1e3*laps[i].seconds/(double)flags.profile,
+        printf("%-12s %10.2f %6.1f%%\n", laps[i].name, 1e3*laps[i].seconds/(double)steps,
                100*laps[i].seconds/sum);
+    return 1;
 }
 
 static int run_training(Run *run) {
@@ -2699,7 +2721,7 @@ static int run_training(Run *run) {
     run->started = now(), run->first_step = run->p.step;
     while (run->p.step < flags.steps && !stop_signal) {
         train_step(run);
-        if (run->p.step - run->first_step == flags.profile) return print_profile(), 0;
+        if (flags.profile && run->device->profile(run->p.step - run->first_step)) return 0;
         if (run->has_val && due(run->p.step, flags.eval_every)) validate(run);
         if (due(run->p.step, flags.sample_every)) print_sample(run);
         if (due(run->p.step, flags.save_every) || (stop_signal && flags.save_every)) save(run);
@@ -2770,7 +2792,9 @@ static int verb_inspect(Run *run) {
     if (flags.compare) return compare_dump(run) ? 1 : 0;
     if (flags.dry_run) {
         print_summary(run);
-        printf("largest --batch that fits: %zu\n", largest_batch(run->m.d));
+        double room = run->device->memory(&run->m.d).room/(1 << 30);
+        printf("largest --batch that fits in the %.1f GiB that are free: %zu\n", room,
+               largest_batch(run->device, &run->m.d));
         return 0;
     }
     dump_run(run, &dump);
@@ -2810,13 +2834,31 @@ static void cpu_start(void) {
     matmul_bf16 = 1;
 }
 
+static Memory cpu_memory(const Dims *d) {
+    Memory m = { 0, 0, 0, 0, 0, 0, 0 };
+    Spec params[PARAM_COUNT], acts[ACT_COUNT];
+    param_specs(d, params);
+    act_specs(d, acts);
+    m.weights = m.grads = (double)(total(params, PARAM_COUNT)*sizeof(real));
+    m.moments = 2*m.weights;
+    m.logits = (double)(d->slab*d->V*sizeof(real));
+    m.activations = (double)(total(acts, ACT_COUNT)*sizeof(real)) - m.logits;
+    m.room = (double)sysconf(_SC_AVPHYS_PAGES)*(double)sysconf(_SC_PAGESIZE);
+    return m;
+}
+
+// Six for each parameter, as everyone counts: the recurrence is left out.
+static double cpu_flops(const Model *m) { return 6*(double)parameter_count(m->specs); }
+
 static void cpu_open(Model *m) { (void)m; }
 static void cpu_fetch(Model *m) { (void)m; }
 
 static void cpu_carry(Model *m, int fresh) { if (fresh) clear_states(m); else swap_states(m); }
 
-static const Backend cpu_backend = { "CPU", cpu_start, cpu_open, model_loss, gradient_norm, adamw,
-                                     cpu_carry, cpu_fetch, generate, fma_peak, NULL };
+static const Backend cpu_backend = {
+    "CPU", 0, cpu_start, cpu_memory, cpu_open, model_loss, gradient_norm, adamw, cpu_carry, cpu_fetch,
+    generate, cpu_flops, fma_peak, cpu_profile, NULL
+};
 
 #ifndef NO_MAIN
 int main(int argc, char **argv) { return run_main(argc, argv, &cpu_backend); }

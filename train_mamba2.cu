@@ -16,8 +16,10 @@
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include <nvtx3/nvToolsExt.h>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include <ctype.h>                      // those of the C file, outside its namespaces
 #include <dirent.h>
@@ -99,14 +101,22 @@ static void cublas_check(cublasStatus_t status, const char *call, const char *fi
 
 static cudaStream_t stream;        // every kernel and copy runs in its order
 
+static size_t device_room;         // bytes of the device that were free at the start
+static const char *(*memory_advice)();             // the plan, and what would fit
+
 template<typename X>
 static X *device_alloc(size_t count) {
     void *p;
-    CUDA(cudaMalloc(&p, (count ? count : 1) * sizeof(X)));
+    size_t bytes = (count ? count : 1) * sizeof(X);
+    cudaError_t error = cudaMalloc(&p, bytes);
+    CHECK(error != cudaErrorMemoryAllocation, "%s:%d: cudaMalloc: the GPU has no %.2f GiB left%s",
+          __FILE__, __LINE__, (double)bytes / (1 << 30), memory_advice ? memory_advice() : "");
+    cuda_check(error, "cudaMalloc", __FILE__, __LINE__);
     return (X *)p;
 }
 
-// Scratch memory for the time of one op: the next op takes the same. It grows when it must.
+// Scratch memory for the time of one op: the next op takes the same. It grows when it must, which
+// after the first step it need not: work_floats() has seen to that.
 static float *workspace(size_t floats) {
     static float *memory;
     static size_t room;
@@ -146,6 +156,14 @@ static size_t shared_room() {
         CUDA(cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     }
     return (size_t)room;
+}
+static bool is_hopper() {                      // or newer
+    static int device, major;
+    if (!major) {
+        CUDA(cudaGetDevice(&device));
+        CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    }
+    return major >= 9;
 }
 template<class Kernel>
 static void allow_shared(Kernel kernel, size_t bytes) {
@@ -1472,8 +1490,9 @@ struct SsdWork {
     float *local, *local_decay;                 // (R,segments - 1,H,N,P) padded, (R,segments - 1,H)
     unsigned side, across, parts;                  // tiles of a chunk's rows; of P; of a state
     int segments, segment_chunks;
+    size_t floats;                                 // of all
 
-    explicit SsdWork(const Dims *d) {
+    explicit SsdWork(const Dims *d, bool allocate = true) {
         side = pieces(d->Q, TILE);
         across = pieces(d->P, TILE);
         parts = pieces(d->N, TILE) * across;
@@ -1481,8 +1500,10 @@ struct SsdWork {
         segments = pieces(d->chunks, segment_chunks);
         size_t steps = d->R * d->H * d->chunks * d->Q, heads = d->R * d->chunks * d->H;
         size_t pairs = d->R * d->chunks * d->G * d->Q * d->Q, ends = d->R * (segments - 1) * d->H;
-        float *at = workspace((6 + side) * steps + 2 * pairs + heads * (parts + 1 + side) +
-                              ends * (128 * FP + 1));
+        floats = (6 + side) * steps + 2 * pairs + heads * (parts + 1 + side) +
+                 ends * (128 * FP + 1);
+        if (!allocate) return;
+        float *at = workspace(floats);
         auto take = [&](size_t count) {
             at += count;
             return at - count;
@@ -1937,37 +1958,48 @@ sum_squares_kernel(float *parts, const float *grads, size_t count) {
 
 // AdamW as in the C file:  m = beta1 m + rest1 g,  v = beta2 v + rest2 g^2,
 //                          w = keep w - step m / (sqrt(v) root + eps)
+// All parameters are one block, and so are their gradients and moments: one launch. Those that
+// decay lie in a few ranges of it, which begin and end at multiples of 8.
+constexpr int DECAY_RANGES = 8;
 struct AdamW {
     float beta1, rest1, beta2, rest2, eps, keep, step, root, grad_scale;
+    int ranges;
+    size_t from[DECAY_RANGES], to[DECAY_RANGES];
 };
-// copy: the parameter in floatX for matrix products
-template<bool WIDE, typename floatX>
-__device__ inline void adamw_at(size_t at, float *w, floatX *copy, float *m, float *v,
-                                const float *g, const AdamW &s, size_t count) {
-    Vec weight = load<WIDE>(w, at, count), grad = load<WIDE>(g, at, count);
-    Vec mean = load<WIDE>(m, at, count), square = load<WIDE>(v, at, count);
+// copy: the parameters in floatX for matrix products; count is a multiple of 16
+template<typename floatX>
+__global__ void __launch_bounds__(256)
+adamw_kernel(float *w, floatX *copy, float *m, float *v, const float *g, AdamW s, size_t count) {
+    size_t at = (blockIdx.x * (size_t)256 + threadIdx.x) * 8;
+    if (at >= count) return;
+    float keep = 1.0f;
+    for (int i = 0; i < s.ranges; i++) {
+        if (at >= s.from[i] && at < s.to[i]) keep = s.keep;
+    }
+    Vec weight = load<true>(w, at, count), grad = load<true>(g, at, count);
+    Vec mean = load<true>(m, at, count), square = load<true>(v, at, count);
     UNROLL for (int i = 0; i < 8; i++) {
         float gi = grad.v[i] * s.grad_scale;
         mean.v[i] = s.beta1 * mean.v[i] + s.rest1 * gi;
         square.v[i] = s.beta2 * square.v[i] + s.rest2 * gi * gi;
         float root = sqrtf(square.v[i]) * s.root + s.eps;
-        weight.v[i] = s.keep * weight.v[i] - s.step * mean.v[i] / root;
+        weight.v[i] = keep * weight.v[i] - s.step * mean.v[i] / root;
     }
-    store<WIDE>(w, at, count, weight);
-    store<WIDE>(m, at, count, mean);
-    store<WIDE>(v, at, count, square);
-    if (sizeof(floatX) != sizeof(float)) store<WIDE>(copy, at, count, weight);
-}
-template<typename floatX>
-__global__ void __launch_bounds__(256)
-adamw_kernel(float *w, floatX *copy, float *m, float *v, const float *g, AdamW s, size_t count) {
-    size_t at = (blockIdx.x * (size_t)256 + threadIdx.x) * 8;
-    if (at + 8 <= count) adamw_at<true>(at, w, copy, m, v, g, s, count);
-    else adamw_at<false>(at, w, copy, m, v, g, s, count);              // the last few
+    store<true>(w, at, count, weight);
+    store<true>(m, at, count, mean);
+    store<true>(v, at, count, square);
+    if (sizeof(floatX) != sizeof(float)) store<true>(copy, at, count, weight);
 }
 
 // == one step at a time ===========================================================================
-// Generation: the recurrence itself, and the inputs of the convolution that the next token needs.
+// Generation. Between stretches of a row, the convolution's last inputs go on in `past`, and the
+// states in `carried`. A single token is bound by reading all weights once, and by launches: three
+// kernels a layer, each of which may start before the one before it ends (PDL), and then asks for
+// its weights while it waits. Activations are in float.
+//   gemv            zxBCdt = in_proj rmsnorm(resid)
+//   ssd_recurrence  conv1d, dt, the recurrence itself, v = y silu(z)
+//   gemv            resid += out_proj (norm_g v^)
+// zxBCdt is a ring of the last W rows, in which the convolution finds its inputs.
 
 template<typename floatX>
 __global__ void __launch_bounds__(256)
@@ -1998,41 +2030,231 @@ static void conv1d_past(const Dims *d, floatX *past_new, const floatX *zxBCdt, c
     LAUNCHED();
 }
 
-// A thread per column p of a head: it owns the state's column, in final, and sums over n alone.
-template<typename floatX>
-__global__ void __launch_bounds__(128)
-ssd_recurrence_kernel(floatX *y, float *final, const floatX *xBC, const float *dt,
-                      const float *A_log, const float *D, const float *initial, const int *doc,
-                      Dims d) {
-    size_t p = blockIdx.x * (size_t)128 + threadIdx.x, h = blockIdx.y, r = blockIdx.z;
-    if (p >= d.P) return;
-    size_t head = (r * d.H + h) * d.N * d.P + p;
-    float a = -expf(A_log[h]), skip = D[h];
-    for (size_t t = 0; t < d.T; t++) {
-        size_t at = r * d.T + t;
-        const floatX *row = xBC + at * d.S, *B = row + d.E + h / (d.H / d.G) * d.N,
-                     *C = B + d.G * d.N;
-        const float *before = t ? final + head : initial ? initial + head : NULL;
-        float step = dt[at * d.H + h], decay = expf(step * a), x = (float)row[h * d.P + p];
-        float sum = skip * x;
-        if (doc && doc[at] != (t ? doc[at - 1] : 0)) decay = 0.0f;
-        for (size_t n = 0; n < d.N; n++) {
-            float s = (before ? decay * before[n * d.P] : 0.0f) + step * (float)B[n] * x;
-            final[head + n * d.P] = s;
-            sum += (float)C[n] * s;
+// What changes from token to token, on the device, so that a CUDA graph can be used again
+struct Step {
+    int id, time, sampled;                 // the token; its row is time % W; of the uniforms
+};
+
+// From here on the next kernel may start; it waits for the end of this one where it says so. Until
+// then it may read only what no kernel of a token writes: weights.
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
+__device__ inline void next_may_start() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ inline void wait_for_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#else
+__device__ inline void next_may_start() {}
+__device__ inline void wait_for_last() {}
+#endif
+
+template<class... P, class... A>
+static void launch_early(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared,
+                         A... arguments) {
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = is_hopper();
+    CUDA(cudaLaunchKernelEx(&config, kernel, P(arguments)...));
+}
+
+// out (O) (+)= weight (O,I) x, a warp per row, where x (I) is in, RMS-normed by groups, times w;
+// or, w NULL, SwiGLU of in (2I). ring: out is row time % ring of (ring,pitch).
+enum { AHEAD = 4 };                        // vectors of 8 that a lane asks for at a time
+template<bool WIDE, typename floatX>
+__global__ void __launch_bounds__(256)
+gemv_kernel(float *out, const floatX *weight, const float *in, const float *w, int I, int O,
+            int groups, float eps, int add, const Step *step, int ring, size_t pitch) {
+    extern __shared__ __align__(128) float x[];
+    __shared__ float part[2][32];
+    int lane = threadIdx.x % 32, row = blockIdx.x * 8 + threadIdx.x / 32, columns = I / groups;
+    Vec next[AHEAD];
+    auto fetch = [&](int c0) {
+        UNROLL for (int k = 0; k < AHEAD; k++) {
+            next[k] = load<WIDE>(weight + (size_t)row * I, c0 + (k * 32 + lane) * 8, I);
         }
-        y[at * d.E + h * d.P + p] = (floatX)sum;
+    };
+    next_may_start();
+    if (row < O) fetch(0);
+    wait_for_last();
+    if (step) out += step->time % ring * pitch;
+    for (int g = 0; g < groups && w; g++) {
+        float sum = 0.0f;
+        for (int c = g * columns + threadIdx.x; c < (g + 1) * columns; c += 256) {
+            x[c] = in[c];
+            sum += x[c] * x[c];
+        }
+        float scale = 1.0f / sqrtf(block_sum(sum, part[g % 2]) / columns + eps);
+        for (int c = g * columns + threadIdx.x; c < (g + 1) * columns; c += 256) {
+            x[c] *= scale * w[c];
+        }
+    }
+    for (int c = threadIdx.x; c < I && !w; c += 256) {
+        x[c] = in[c] * in[I + c] * sigmoid<floatX>(in[I + c]);
+    }
+    if (threadIdx.x < 8) x[I + threadIdx.x] = 0.0f;        // up to a whole vector
+    __syncthreads();
+    for (; row < O; row += gridDim.x * 8) {
+        float sum = 0.0f;
+        for (int c0 = 0; c0 < I; c0 += AHEAD * 256) {
+            if (c0 > 0 || row >= gridDim.x * 8) fetch(c0);
+            UNROLL for (int k = 0; k < AHEAD; k++) {
+                int c = c0 + (k * 32 + lane) * 8;
+                UNROLL for (int i = 0; i < 8; i++) {
+                    if (c < I) sum += next[k].v[i] * x[c + i];
+                }
+            }
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) out[row] = add ? out[row] + sum : sum;
     }
 }
-// final (R,H,N,P) may be initial
 template<typename floatX>
-static void ssd_recurrence(const Dims *d, floatX *y, float *final, const floatX *xBC,
-                           const float *dt, const float *A_log, const float *D,
-                           const float *initial, const int *doc) {
-    dim3 grid(pieces(d->P, 128), (unsigned)d->H, (unsigned)d->R);
-    ssd_recurrence_kernel<floatX><<<grid, 128, 0, stream>>>(
-        y, final, xBC, dt, A_log, D, initial, doc, *d);
-    LAUNCHED();
+static void gemv(float *out, const floatX *weight, const float *in, const float *w, size_t I,
+                 size_t O, size_t groups, float eps, int add, const Step *step = NULL,
+                 size_t ring = 1, size_t pitch = 0) {
+    unsigned warps = pieces(O, pieces(O, 8 * 528)), shared = (unsigned)((I + 8) * sizeof(float));
+    auto kernel = I % 8 ? gemv_kernel<false, floatX> : gemv_kernel<true, floatX>;
+    CHECK(shared < shared_room() - 1024, "rows of %zu columns are too long for the GPU", I);
+    if (shared > 48 << 10) allow_shared(kernel, shared);
+    launch_early(kernel, dim3(pieces(warps, 8)), 256, shared, out, weight, in, w, (int)I, (int)O,
+                 (int)groups, eps, add, step, (int)ring, pitch);
+}
+
+// 16 columns p of a head: v (E) = y silu(z); state (H,N,P) is updated in place. Each thread has a
+// column and every 16th n.
+constexpr int STEP_P = 16;
+template<typename floatX>
+__global__ void __launch_bounds__(256)
+ssd_recurrence_kernel(float *v, float *state, const float *zxBCdt, const float *conv_w,
+                      const float *conv_b, const float *dt_bias, const float *A_log,
+                      const float *D, const Step *step, Dims d) {
+    extern __shared__ float xBC[];                         // x (16), B (N), C (N)
+    __shared__ float sums[16][STEP_P + 1];
+    int p = threadIdx.x % STEP_P, slice = threadIdx.x / STEP_P;
+    size_t h = blockIdx.y, column = blockIdx.x * (size_t)STEP_P + p, group = h / (d.H / d.G);
+    next_may_start();
+    wait_for_last();
+    int time = step->time;
+    const float *row = zxBCdt + time % d.W * d.pitch;
+    for (size_t i = threadIdx.x; i < STEP_P + 2 * d.N; i += 256) {
+        size_t bc = i - STEP_P, c = h * d.P + blockIdx.x * STEP_P + i;
+        if (i >= STEP_P) c = d.E + bc / d.N * d.G * d.N + group * d.N + bc % d.N;
+        if (i < STEP_P && blockIdx.x * STEP_P + i >= d.P) continue;
+        float pre = conv_b[c];
+        for (size_t k = 0; k < d.W; k++) {                 // from the oldest on
+            pre += conv_w[c * d.W + k] * zxBCdt[(time + 1 + k) % d.W * d.pitch + d.E + c];
+        }
+        xBC[i] = pre * sigmoid<floatX>(pre);
+    }
+    __syncthreads();
+    float dt = softplus(row[d.E + d.S + h] + dt_bias[h]), sum = 0.0f, x = xBC[p];
+    dt = min(max(dt, d.dt_lo), d.dt_hi);
+    float decay = expf(-expf(A_log[h]) * dt);
+    const float *B = xBC + STEP_P, *C = B + d.N;
+    state += h * d.N * d.P + column;
+    for (size_t n = slice; n < d.N && column < d.P; n += 16) {
+        float s = decay * state[n * d.P] + dt * B[n] * x;
+        state[n * d.P] = s;
+        sum += C[n] * s;
+    }
+    sums[slice][p] = sum;
+    __syncthreads();
+    if (slice > 0 || column >= d.P) return;
+    float y = D[h] * x, z = row[h * d.P + column];
+    for (int i = 0; i < 16; i++) {
+        y += sums[i][p];
+    }
+    v[h * d.P + column] = y * z * sigmoid<floatX>(z);
+}
+template<typename floatX>
+static void ssd_recurrence(const Dims *d, float *v, float *state, const float *zxBCdt,
+                           const float *conv_w, const float *conv_b, const float *dt_bias,
+                           const float *A_log, const float *D, const Step *step) {
+    dim3 grid(pieces(d->P, STEP_P), (unsigned)d->H);
+    launch_early(ssd_recurrence_kernel<floatX>, grid, 256, (STEP_P + 2 * d->N) * sizeof(float), v,
+                 state, zxBCdt, conv_w, conv_b, dt_bias, A_log, D, step, *d);
+}
+
+// past (L,W-1,S) into the rings (L,W,pitch) of the token at time W
+template<typename floatX>
+__global__ void __launch_bounds__(256)
+fill_rings_kernel(float *rings, const floatX *past, Dims d) {
+    size_t l = blockIdx.y, i = blockIdx.x * (size_t)256 + threadIdx.x, k = i / d.S, c = i % d.S;
+    if (k + 1 >= d.W) return;
+    rings[(l * d.W + k + 1) * d.pitch + d.E + c] = past[(l * (d.W - 1) + k) * d.S + c];
+}
+
+// The next token from the logits of `vocab` tokens, as cpu::sample without top-k and top-p: the
+// most likely one, the first of equals; or, at a temperature, that at which the sum of the
+// probabilities from 0 on passes u. One block; each warp has a span of tokens, in order.
+__global__ void __launch_bounds__(1024)
+sample_kernel(Step *step, int *ids, const float *logits, const double *uniforms, int count,
+              int vocab, float temperature) {
+    __shared__ float best[32];
+    __shared__ int best_at[32];
+    __shared__ double sums[32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, span = (vocab + 31) / 32;
+    int first = warp * span, last = min(vocab, first + span), top_at = vocab;
+    float top = -INFINITY;
+    for (int i = first + lane; i < last; i += 32) {
+        if (logits[i] > top) {
+            top = logits[i];
+            top_at = i;
+        }
+    }
+    auto join = [&](float other, int at) {
+        if (other > top || (other == top && at < top_at)) {
+            top = other;
+            top_at = at;
+        }
+    };
+    for (int lanes = 16; lanes; lanes /= 2) {
+        float other = __shfl_xor_sync(~0u, top, lanes);
+        int at = __shfl_xor_sync(~0u, top_at, lanes);
+        join(other, at);
+    }
+    if (lane == 0) best[warp] = top;
+    if (lane == 0) best_at[warp] = top_at;
+    __syncthreads();
+    for (int w = 0; w < 32; w++) {
+        join(best[w], best_at[w]);
+    }
+    int slot = step->sampled % count;
+    double sum = 0.0, before = 0.0;
+    auto likelihood = [&](int i) {
+        return temperature > 0.0f && i < last ? expf((logits[i] - top) / temperature) : 0.0f;
+    };
+    for (int i = first; i < last; i += 32) {
+        sum += (double)warp_sum(likelihood(i + lane));
+    }
+    if (lane == 0) sums[warp] = sum;
+    __syncthreads();                                       // and all have read step->sampled
+    double all = 0.0;
+    for (int w = 0; w < 32; w++) {
+        if (w == warp) before = all;
+        all += sums[w];
+    }
+    if (threadIdx.x == 0) {
+        step->id = ids[slot] = min(top_at, vocab - 1);
+        step->sampled++;
+        step->time++;
+    }
+    __syncthreads();
+    double u = uniforms[slot] * all;
+    if (temperature <= 0.0f || u < before || u >= before + sum) return;
+    for (int i = first; i < last; i += 32) {
+        float p = likelihood(i + lane), upto = warp_scan(p);
+        unsigned passed = __ballot_sync(~0u, u < before + (double)upto);
+        if (passed) {
+            if (lane == __ffs(passed) - 1) step->id = ids[slot] = min(i + lane, vocab - 1);
+            return;
+        }
+        before += (double)warp_sum(p);
+    }
 }
 
 // == the model on the GPU =========================================================================
@@ -2080,7 +2302,6 @@ struct Model {
     int *ids, *targets, *docs, *plan;      // of the micro-batch; plan: embed_plan
     const int *doc;                        // docs, or NULL
     int *host_plan;
-    float *host_losses;
 };
 
 // Pointers to all tensors of a block, of which each begins at a multiple of 16 elements.
@@ -2128,7 +2349,7 @@ static Acts<floatX> layer_acts(const Model<floatX> *m, size_t l) {
 }
 
 // The device's shapes: rows of zxBCdt have their pitch, slabs of logits are larger (each one reads
-// and writes the head's gradient), and the states are kept for the backward pass.
+// and writes the head's gradient).
 template<typename floatX>
 static void device_specs(Model<floatX> *m, const cpu::Dims &host) {
     cpu::Dims d = host;
@@ -2138,14 +2359,35 @@ static void device_specs(Model<floatX> *m, const cpu::Dims &host) {
     d.chunks = m->d.chunks;
     m->d.slab = d.slab;
     cpu::act_specs(&d, m->act_specs);
-    for (cpu::Spec &s : m->act_specs) {
-        if (strcmp(s.name, "states")) continue;
-        s.shape_text = "(K, C, H, N, P)";
-        memmove(s.shape + 1, s.shape, 4 * sizeof(size_t));
-        s.shape[0] = d.kept;
-        s.rank = 5;
-        s.count *= d.kept;
+}
+
+// Scratch memory that the ops take in turn
+static size_t work_floats(const Dims *d) {
+    size_t sums = PARTS * max(d->M, d->E), embed = d->n * d->M;
+    size_t conv = pieces(d->T, 8 * CONV_ROWS) * d->R * d->S * (d->W + 1);
+    return max(max(sums, embed), max(conv, SsdWork(d, false).floats));
+}
+
+// What training takes of the device, by the sizes of open_acts and Device::open
+template<typename floatX>
+static cpu::Memory device_memory(const cpu::Dims *host) {
+    Model<floatX> m;
+    m.d = Dims(*host);
+    device_specs(&m, *host);
+    cpu::param_specs(host, m.specs);
+    cpu::Memory memory = {};
+    double params = (double)cpu::total(m.specs, cpu::PARAM_COUNT) * sizeof(float);
+    memory.weights = sizeof(floatX) == sizeof(float) ? params : 1.5 * params;
+    memory.grads = params;
+    memory.moments = 2 * params;
+    for (const cpu::Spec &s : m.act_specs) {
+        double bytes = (double)(s.count * act_size<floatX>(&s));
+        (strcmp(s.name, "logits") ? memory.activations : memory.logits) += bytes;
     }
+    memory.activations += (double)(m.d.n * (m.d.M * sizeof(floatX) + 7 * sizeof(int)));
+    memory.work = (double)(work_floats(&m.d) * sizeof(float) + CUBLAS_WORKSPACE);
+    memory.room = (double)device_room;
+    return memory;
 }
 
 // Room for a batch's activations and tokens.
@@ -2161,13 +2403,13 @@ static void open_acts(Model<floatX> *m, cpu::Model *host) {
     }
     m->a = m->acts;
     size_t n = m->d.n;
+    workspace(work_floats(&m->d));
     m->g_branch = device_alloc<floatX>(n * m->d.M);
     m->ids = device_alloc<int>(n);
     m->targets = device_alloc<int>(n);
     m->docs = device_alloc<int>(n);
     m->plan = device_alloc<int>(embed_plan_size(n));
     m->host_plan = (int *)cpu::alloc(embed_plan_size(n), sizeof(int));
-    m->host_losses = (float *)cpu::alloc(n, sizeof(float));
 }
 
 template<typename floatX>
@@ -2175,13 +2417,11 @@ static void close_acts(Model<floatX> *m) {
     for (size_t k = 0; k < cpu::ACT_COUNT; k++) {
         CUDA(cudaFree(((char **)&m->acts)[k]));
     }
-    int *ints[] = {m->ids, m->targets, m->docs, m->plan};
-    for (int *p : ints) {
+    void *others[] = {m->ids, m->targets, m->docs, m->plan, m->g_branch};
+    for (void *p : others) {
         CUDA(cudaFree(p));
     }
-    CUDA(cudaFree(m->g_branch));
     free(m->host_plan);
-    free(m->host_losses);
 }
 
 template<typename floatX>
@@ -2246,10 +2486,27 @@ static void swap_states(Model<floatX> *m) {
 
 // ---- layers: read these beside those of the C file ----------------------------------------------
 
-static void lap(const char *name) {        // --profile: when the GPU is done, not when it was asked
+// A part of a step lasts from its part() to the next one: as a range for Nsight, and under
+// --profile between two events, which cost the GPU nothing but their place in the queue.
+struct Mark {
+    const char *name;
+    cudaEvent_t event;
+};
+static struct {
+    bool on;
+    std::vector<Mark> marks;               // of the profiled steps, in order
+} profile;
+
+static void part(const char *name) {
+    static const char *open;
     if (!cpu::flags.profile) return;
-    CUDA(cudaStreamSynchronize(stream));
-    cpu::lap(name);
+    if (open) nvtxRangePop();
+    nvtxRangePushA(open = name);
+    if (!profile.on) return;
+    Mark mark = {name, NULL};
+    CUDA(cudaEventCreate(&mark.event));
+    CUDA(cudaEventRecord(mark.event, stream));
+    profile.marks.push_back(mark);
 }
 
 // The residual stream after a branch: the one before it plus in (n,I) weight (M,I)^T
@@ -2270,23 +2527,20 @@ static void layer_forward(const Model<floatX> *m, size_t l) {
     auto w = layer_params(m->specs, m->w, l, d->L);
     auto x = layer_params(m->specs, m->x, l, d->L);
     auto a = layer_acts(m, l);
-    rmsnorm_forward(d, a.u, a.rstd, a.resid, w.norm);                               lap("norm");
-    linear_forward(a.zxBCdt, a.u, x.in_proj, d->n, d->M, d->Z, 0, d->pitch);        lap("in_proj");
-    conv1d_forward(d, a.xBC, a.zxBCdt, w.conv_w, w.conv_b, a.past, m->doc);         lap("conv1d");
+    part("norm");     rmsnorm_forward(d, a.u, a.rstd, a.resid, w.norm);
+    part("in_proj");  linear_forward(a.zxBCdt, a.u, x.in_proj, d->n, d->M, d->Z, 0, d->pitch);
+    part("conv1d");   conv1d_forward(d, a.xBC, a.zxBCdt, w.conv_w, w.conv_b, a.past, m->doc);
     if (m->host->d.lanes) conv1d_past(d, a.past_new, a.zxBCdt, a.past, m->doc);
-    dt_forward(d, a.dt, a.zxBCdt, w.dt_bias);                                       lap("dt");
-    if (m->host->recurrent)
-        ssd_recurrence(d, a.y, a.carried_new, a.xBC, a.dt, w.A_log, w.D, a.carried, m->doc);
-    else
-        ssd_forward(d, a.y, a.states, a.carried_new, a.xBC, a.dt, w.A_log, w.D, a.carried, m->doc);
-    lap("ssd");
-    gated_rmsnorm_forward(d, a.o, a.rstd_g, a.y, a.zxBCdt, w.norm_g);               lap("norm_g");
-    add_branch(m, a.resid, a.o, x.out_proj, d->E);                                  lap("out_proj");
+    part("dt");       dt_forward(d, a.dt, a.zxBCdt, w.dt_bias);
+    part("ssd");      ssd_forward(d, a.y, a.states, a.carried_new, a.xBC, a.dt, w.A_log, w.D,
+                                  a.carried, m->doc);
+    part("norm_g");   gated_rmsnorm_forward(d, a.o, a.rstd_g, a.y, a.zxBCdt, w.norm_g);
+    part("out_proj"); add_branch(m, a.resid, a.o, x.out_proj, d->E);
     if (d->F) {
-        rmsnorm_forward(d, a.u2, a.rstd2, after(m, a.resid), w.norm2);              lap("norm");
-        linear_forward(a.ab, a.u2, x.fc1, d->n, d->M, 2 * d->F, 0);                 lap("fc1");
-        swiglu_forward(d, a.h, a.ab);                                               lap("swiglu");
-        add_branch(m, after(m, a.resid), a.h, x.fc2, d->F);                         lap("fc2");
+        part("norm"); rmsnorm_forward(d, a.u2, a.rstd2, after(m, a.resid), w.norm2);
+        part("fc1");  linear_forward(a.ab, a.u2, x.fc1, d->n, d->M, 2 * d->F, 0);
+        part("swiglu"); swiglu_forward(d, a.h, a.ab);
+        part("fc2");  add_branch(m, after(m, a.resid), a.h, x.fc2, d->F);
     }
     watch(m, l, 0);
 }
@@ -2307,46 +2561,127 @@ static void layer_backward(const Model<floatX> *m, size_t l) {
         m->host->watch = watcher;
     }
     if (F) {
-        linear_backward(a.g_h, g.fc2, m->g_branch, a.h, x.fc2, n, F, M, add);       lap("fc2");
-        swiglu_backward(d, a.g_ab, a.g_h, a.ab);                                    lap("swiglu");
-        linear_backward(a.g_u, g.fc1, a.g_ab, a.u2, x.fc1, n, M, 2 * F, add);       lap("fc1");
-        rmsnorm_backward(d, a.g_resid, g.norm2, a.g_u, after(m, a.resid), a.rstd2, w.norm2,
-                         m->g_branch);                                              lap("norm");
+        part("g_fc2"); linear_backward(a.g_h, g.fc2, m->g_branch, a.h, x.fc2, n, F, M, add);
+        part("g_swiglu"); swiglu_backward(d, a.g_ab, a.g_h, a.ab);
+        part("g_fc1"); linear_backward(a.g_u, g.fc1, a.g_ab, a.u2, x.fc1, n, M, 2 * F, add);
+        part("g_norm"); rmsnorm_backward(d, a.g_resid, g.norm2, a.g_u, after(m, a.resid), a.rstd2,
+                                         w.norm2, m->g_branch);
     }
-    linear_backward(a.g_o, g.out_proj, m->g_branch, a.o, x.out_proj, n, E, M, add); lap("out_proj");
-    gated_rmsnorm_backward(d, a.g_y, a.g_zxBCdt, g.norm_g, a.g_o, a.y, a.zxBCdt, a.rstd_g,
-                           w.norm_g);
-    lap("norm_g");
-    ssd_backward(d, a.g_xBC, a.g_dt, g.A_log, g.D, (float *)NULL, a.g_y, (float *)NULL, a.states,
-                 a.g_states, a.xBC, a.dt, w.A_log, w.D, a.carried, m->doc);         lap("ssd");
-    dt_backward(d, a.g_zxBCdt, g.dt_bias, a.g_dt, a.zxBCdt, w.dt_bias);             lap("dt");
+    part("g_out_proj"); linear_backward(a.g_o, g.out_proj, m->g_branch, a.o, x.out_proj, n, E, M,
+                                        add);
+    part("g_norm_g"); gated_rmsnorm_backward(d, a.g_y, a.g_zxBCdt, g.norm_g, a.g_o, a.y, a.zxBCdt,
+                                             a.rstd_g, w.norm_g);
+    part("g_ssd");    ssd_backward(d, a.g_xBC, a.g_dt, g.A_log, g.D, (float *)NULL, a.g_y,
+                                   (float *)NULL, a.states, a.g_states, a.xBC, a.dt, w.A_log, w.D,
+                                   a.carried, m->doc);
+    part("g_dt");     dt_backward(d, a.g_zxBCdt, g.dt_bias, a.g_dt, a.zxBCdt, w.dt_bias);
     watch(m, l, 1);
-    conv1d_backward(d, a.g_zxBCdt, g.conv_w, g.conv_b, a.g_xBC, a.zxBCdt, w.conv_w, w.conv_b,
-                    a.past, m->doc);
-    lap("conv1d");
-    linear_backward(a.g_u, g.in_proj, a.g_zxBCdt, a.u, x.in_proj, n, M, Z, add, d->pitch);
-    lap("in_proj");
-    rmsnorm_backward(d, a.g_resid, g.norm, a.g_u, a.resid, a.rstd, w.norm, m->g_branch);
-    lap("norm");
+    part("g_conv1d"); conv1d_backward(d, a.g_zxBCdt, g.conv_w, g.conv_b, a.g_xBC, a.zxBCdt,
+                                      w.conv_w, w.conv_b, a.past, m->doc);
+    part("g_in_proj"); linear_backward(a.g_u, g.in_proj, a.g_zxBCdt, a.u, x.in_proj, n, M, Z, add,
+                                       d->pitch);
+    part("g_norm");   rmsnorm_backward(d, a.g_resid, g.norm, a.g_u, a.resid, a.rstd, w.norm,
+                                       m->g_branch);
     watch(m, l, 2);
+}
+
+// The tokens of host->ids, targets (but in generation) and doc, to the device
+template<typename floatX>
+static void take_batch(Model<floatX> *m) {
+    const cpu::Model *host = m->host;
+    size_t slab = m->d.slab, bytes = host->d.n * sizeof(int);
+    m->d = Dims(host->d);                                  // tasks of --eval have shorter rows
+    m->d.slab = slab;
+    auto copy = [&](int *to, const int *from) {
+        if (from) CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream));
+    };
+    copy(m->ids, host->ids);
+    copy(m->targets, host->targets);
+    copy(m->docs, host->doc);
+    m->doc = host->doc ? m->docs : NULL;
 }
 
 template<typename floatX>
 static void model_hidden(Model<floatX> *m) {
     const Dims *d = &m->d;
-    const cpu::Model *host = m->host;
-    CUDA(cudaMemcpyAsync(m->ids, host->ids, d->n * sizeof(int), cudaMemcpyHostToDevice, stream));
-    m->doc = host->doc ? m->docs : NULL;
-    if (host->doc) {
-        CUDA(cudaMemcpyAsync(m->docs, host->doc, d->n * sizeof(int), cudaMemcpyHostToDevice,
-                             stream));
-    }
-    embed_forward(d, m->a.resid, m->ids, m->w.embedding);                           lap("embed");
+    part("embed");    embed_forward(d, m->a.resid, m->ids, m->w.embedding);
     for (size_t l = 0; l < d->L; l++) {
         layer_forward(m, l);
     }
-    rmsnorm_forward(d, m->a.hidden, m->a.rstd_f, layer_acts(m, d->L).resid, m->w.norm_f);
-    lap("norm");
+    part("norm");     rmsnorm_forward(d, m->a.hidden, m->a.rstd_f, layer_acts(m, d->L).resid,
+                                      m->w.norm_f);
+}
+
+// The losses of the tokens; with `backward` also all gradients but the embedding's.
+template<typename floatX>
+static void model_losses(Model<floatX> *m, int backward) {
+    const Dims *d = &m->d;
+    cpu::Model *host = m->host;
+    auto a = m->a;
+    const floatX *head = host->d.tied ? m->x.embedding : m->x.lm_head;
+    float *g_head = host->d.tied ? m->g.embedding : m->g.lm_head;
+    model_hidden(m);
+    if (backward && !host->add) zero_grads(m);
+    part("classifier");
+    classifier(d, a.losses, backward ? a.g_u : (floatX *)NULL, g_head, a.logits, host->all_logits,
+               a.hidden, head, m->targets, host->scale, host->add);
+    if (!backward) return;
+    watch(m, d->L, 1);
+    CUDA(cudaMemsetAsync(a.g_resid, 0, d->n * d->M * sizeof(float), stream));
+    part("g_norm");   rmsnorm_backward(d, a.g_resid, m->g.norm_f, a.g_u, layer_acts(m, d->L).resid,
+                                       a.rstd_f, m->w.norm_f, m->g_branch);
+    watch(m, d->L, 2);
+    for (size_t l = d->L; l-- > 0;) {
+        layer_backward(m, l);
+    }
+}
+
+// A micro-batch is some hundred launches, for a small model more time than its kernels. All but the
+// copies of tokens and the embedding's gradient are the same from step to step: they are captured
+// as a CUDA graph, which one call launches. Nothing in it belongs to a step: lr, t and the clipping
+// come later, with the update. What tells two graphs apart is their key: the first micro-batch of a
+// step sets gradients, later ones add; with --carry each has its lane, and the states trade places.
+struct Graph {
+    struct Key {
+        int add, packed;
+        size_t lane;
+        const void *past, *work;
+        float scale;
+    } key;
+    cudaGraphExec_t exec;
+};
+constexpr size_t GRAPHS = 16;              // --carry with more micro-batches goes without
+
+template<typename F>
+static cudaGraphExec_t capture(F work) {
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    work();
+    CUDA(cudaStreamEndCapture(stream, &graph));
+    CUDA(cudaGraphInstantiate(&exec, graph, 0));
+    CUDA(cudaGraphDestroy(graph));
+    return exec;
+}
+
+// model_losses with gradients, as a graph from its second time on. The first one goes step by step,
+// and leaves plans of matrix products and work space behind.
+template<typename floatX>
+static void graph_losses(Model<floatX> *m) {
+    static Graph graphs[GRAPHS];
+    static size_t count;
+    const cpu::Model *host = m->host;
+    Graph::Key key;
+    memset(&key, 0, sizeof key);
+    key.add = host->add, key.packed = m->doc != NULL, key.lane = host->lane;
+    key.past = m->a.past, key.work = workspace(0), key.scale = host->scale;
+    size_t i = 0;
+    while (i < count && memcmp(&graphs[i].key, &key, sizeof key)) i++;
+    bool first = i == count, by_hand = !cpu::flags.graph || host->watch || profile.on;
+    if (first && count < GRAPHS) graphs[count++].key = key;
+    if (first || by_hand) return model_losses(m, 1);
+    if (!graphs[i].exec) graphs[i].exec = capture([&] { model_losses(m, 1); });
+    CUDA(cudaGraphLaunch(graphs[i].exec, stream));
 }
 
 // The mean loss of the micro-batch; with `backward` also its gradients, added to those of the
@@ -2354,38 +2689,22 @@ static void model_hidden(Model<floatX> *m) {
 template<typename floatX>
 static double model_loss(Model<floatX> *m, int backward) {
     const Dims *d = &m->d;
-    cpu::Model *host = m->host;
-    auto a = m->a;
-    const floatX *head = host->d.tied ? m->x.embedding : m->x.lm_head;
-    float *g_head = host->d.tied ? m->g.embedding : m->g.lm_head;
+    float *losses = m->host->a.losses;
+    take_batch(m);
     size_t n = d->n;
-    CUDA(cudaMemcpyAsync(m->targets, host->targets, n * sizeof(int), cudaMemcpyHostToDevice,
-                         stream));
-    model_hidden(m);
-    if (backward && !host->add) zero_grads(m);
-    classifier(d, a.losses, backward ? a.g_u : (floatX *)NULL, g_head, a.logits, host->all_logits,
-               a.hidden, head, m->targets, host->scale, host->add);
-    lap("classifier");
-    CUDA(cudaMemcpyAsync(m->host_losses, a.losses, n * sizeof(float), cudaMemcpyDeviceToHost,
-                         stream));
     if (backward) {
-        watch(m, d->L, 1);
-        CUDA(cudaMemsetAsync(a.g_resid, 0, n * d->M * sizeof(float), stream));
-        rmsnorm_backward(d, a.g_resid, m->g.norm_f, a.g_u, layer_acts(m, d->L).resid, a.rstd_f,
-                         m->w.norm_f, m->g_branch);                                 lap("norm");
-        watch(m, d->L, 2);
-        for (size_t l = d->L; l-- > 0;) {
-            layer_backward(m, l);
-        }
-        embed_plan(m->host_plan, host->ids, n, d->V);
+        graph_losses(m);
+        embed_plan(m->host_plan, m->host->ids, n, d->V);   // while the GPU is at work
         CUDA(cudaMemcpyAsync(m->plan, m->host_plan, embed_plan_size(n) * sizeof(int),
                              cudaMemcpyHostToDevice, stream));
-        embed_backward(d, m->g.embedding, a.g_resid, m->plan);                      lap("embed");
-    }
+        part("g_embed"); embed_backward(d, m->g.embedding, m->a.g_resid, m->plan);
+    } else model_losses(m, 0);
+    part("host");
+    CUDA(cudaMemcpyAsync(losses, m->a.losses, n * sizeof(float), cudaMemcpyDeviceToHost, stream));
     CUDA(cudaStreamSynchronize(stream));
     double sum = 0;
     for (size_t i = 0; i < n; i++) {
-        sum += (double)m->host_losses[i];
+        sum += (double)losses[i];
     }
     return sum / (double)n;
 }
@@ -2395,66 +2714,280 @@ static void adamw(Model<floatX> *m, double lr, double grad_scale, cpu::Int t) {
     const cpu::Flags &f = cpu::flags;
     double fix1 = 1 - pow(f.beta1, (double)t), fix2 = 1 - pow(f.beta2, (double)t);
     AdamW s = {(float)f.beta1, (float)(1 - f.beta1), (float)f.beta2, (float)(1 - f.beta2),
-               (float)f.eps, 1.0f, (float)(lr / fix1), (float)(1 / sqrt(fix2)), (float)grad_scale};
+               (float)f.eps, (float)(1 - lr * f.weight_decay), (float)(lr / fix1),
+               (float)(1 / sqrt(fix2)), (float)grad_scale, 0, {}, {}};
     for (size_t k = 0; k < cpu::PARAM_COUNT; k++) {
-        size_t count = m->specs[k].count;
-        if (!count) continue;
-        s.keep = (float)(1 - lr * (m->specs[k].decay ? f.weight_decay : 0));
-        adamw_kernel<floatX><<<pieces(count, 2048), 256, 0, stream>>>(
-            ((float **)&m->w)[k], ((floatX **)&m->x)[k], ((float **)&m->m)[k], ((float **)&m->v)[k],
-            ((float **)&m->g)[k], s, count);
-        LAUNCHED();
+        if (!m->specs[k].decay || !m->specs[k].count) continue;
+        s.from[s.ranges] = (size_t)(((float **)&m->w)[k] - m->weights);
+        s.to[s.ranges] = s.from[s.ranges] + round_up(m->specs[k].count, 16);
+        s.ranges++;
     }
+    size_t count = m->host->size;
+    adamw_kernel<floatX><<<pieces(count, 2048), 256, 0, stream>>>(
+        m->weights, m->copies, m->mean, m->square, m->grads, s, count);
+    LAUNCHED();
 }
 
 // ---- generation ---------------------------------------------------------------------------------
 // The prompt goes through the parallel form, in pieces; then each token is one step of the
-// recurrence.
+// recurrence, as a CUDA graph. The GPU runs ahead of what is printed, by UNDERWAY tokens.
+constexpr int UNDERWAY = 4, UNIFORMS = 256;
 
 template<typename floatX>
 struct Sampler {
     cpu::Model view;                       // one row of at most `most` tokens
     Model<floatX> m;
     size_t most;
-    float *logits, *device_logits;         // (V)
+    float *resid, *rings, *v, *ab;         // (M), (L,W,pitch), (E), (2F)
+    float *logits, *host_logits;           // (V)
+    Step *step;
+    double *uniforms;
+    int *ids, *host_ids;                   // (UNIFORMS): the tokens that were sampled
+    cudaGraphExec_t graph;
+    cudaEvent_t done[UNDERWAY];
 
     Sampler(const Model<floatX> *trained, const cpu::Model *host, size_t most)
-        : m(*trained), most(most) {
+        : m(*trained), most(most), graph(NULL) {
         memset(&view, 0, sizeof view);
         view.d = host->d;
         view.d.Q = 128;
         cpu::dims_batch(&view.d, 1, most);
         view.d.lanes = view.d.kept = 1;
         open_acts(&m, &view);
-        logits = (float *)cpu::alloc(m.d.V, sizeof(float));
-        device_logits = device_alloc<float>(m.d.V);
+        size_t ring = m.d.L * m.d.W * m.d.pitch;
+        resid = device_alloc<float>(m.d.M);
+        rings = device_alloc<float>(ring);
+        v = device_alloc<float>(m.d.E);
+        ab = device_alloc<float>(2 * m.d.F);
+        logits = device_alloc<float>(m.d.V);
+        step = device_alloc<Step>(1);
+        uniforms = device_alloc<double>(UNIFORMS);
+        ids = device_alloc<int>(UNIFORMS);
+        CUDA(cudaMemsetAsync(rings, 0, ring * sizeof(float), stream));
+        CUDA(cudaMallocHost(&host_ids, UNIFORMS * sizeof(int)));
+        host_logits = (float *)cpu::alloc(m.d.V, sizeof(float));
+        for (cudaEvent_t &event : done) {
+            CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+        }
     }
     ~Sampler() {
+        CUDA(cudaStreamSynchronize(stream));
         close_acts(&m);
-        CUDA(cudaFree(device_logits));
-        free(logits);
-    }
-    // Takes in tokens and gives the logits after the last one.
-    const float *feed(const int *ids, size_t count) {
-        size_t step = view.recurrent ? 1 : most;
-        for (size_t i = 0; i < count; i += step) {
-            cpu::dims_batch(&view.d, 1, count - i < step ? count - i : step);
-            m.d = Dims(view.d);
-            view.ids = ids + i;
-            model_hidden(&m);
-            if (!view.recurrent) swap_states(&m);
+        void *buffers[] = {resid, rings, v, ab, logits, step, uniforms, ids};
+        for (void *p : buffers) {
+            CUDA(cudaFree(p));
         }
-        const floatX *head = view.d.tied ? m.x.embedding : m.x.lm_head;
-        linear_forward(device_logits, m.a.hidden + (m.d.n - 1) * m.d.M, head, 1, m.d.M, m.d.V, 0);
-        download(logits, device_logits, 1, m.d.V, m.d.V);
-        return logits;
+        CUDA(cudaFreeHost(host_ids));
+        free(host_logits);
+        for (cudaEvent_t event : done) {
+            CUDA(cudaEventDestroy(event));
+        }
+        if (graph) CUDA(cudaGraphExecDestroy(graph));
     }
-    void step_mode() {                     // from here on one token at a time, states in place
-        view.recurrent = 1;
-        m.a.carried_new = m.a.carried;
-        m.a.past_new = m.a.past;
+    const floatX *head() const { return view.d.tied ? m.x.embedding : m.x.lm_head; }
+
+    // Takes in the prompt; leaves the logits after its last token, and the states for step().
+    void feed(const int *tokens, size_t count) {
+        for (size_t i = 0; i < count; i += most) {
+            cpu::dims_batch(&view.d, 1, count - i < most ? count - i : most);
+            view.ids = tokens + i;
+            take_batch(&m);
+            model_hidden(&m);
+            swap_states(&m);
+        }
+        const Dims *d = &m.d;
+        linear_forward(logits, m.a.hidden + (d->n - 1) * d->M, head(), 1, d->M, d->V, 0);
+        dim3 grid(pieces((d->W - 1) * d->S, 256), (unsigned)d->L);
+        if (d->W > 1) fill_rings_kernel<floatX><<<grid, 256, 0, stream>>>(rings, m.a.past, *d);
+        Step start = {0, (int)d->W - 1, 0};                // the first sample makes it W
+        CUDA(cudaMemcpyAsync(step, &start, sizeof start, cudaMemcpyHostToDevice, stream));
+    }
+
+    void token() {                         // from step->id to logits
+        const Dims *d = &m.d;
+        Dims one = *d;
+        one.R = one.T = one.n = 1;
+        embed_forward(&one, resid, &step->id, m.w.embedding);
+        for (size_t l = 0; l < d->L; l++) {
+            auto w = layer_params(m.specs, m.w, l, d->L);
+            auto x = layer_params(m.specs, m.x, l, d->L);
+            float *zxBCdt = rings + l * d->W * d->pitch;
+            gemv(zxBCdt, x.in_proj, resid, w.norm, d->M, d->Z, 1, d->eps, 0, step, d->W, d->pitch);
+            ssd_recurrence<floatX>(d, v, layer_acts(&m, l).carried, zxBCdt, w.conv_w, w.conv_b,
+                                   w.dt_bias, w.A_log, w.D, step);
+            gemv(resid, x.out_proj, v, w.norm_g, d->E, d->M, d->G, d->eps, 1);
+            if (!d->F) continue;
+            gemv(ab, x.fc1, resid, w.norm2, d->M, 2 * d->F, 1, d->eps, 0);
+            gemv(resid, x.fc2, ab, (float *)NULL, d->F, d->M, 1, d->eps, 1);
+        }
+        gemv(logits, head(), resid, m.w.norm_f, d->M, d->V, 1, d->eps, 0);
+    }
+
+    // Issues token i: its logits, but those of the first one are there; then its choice.
+    void issue(cpu::Int i, uint64_t stream_of) {
+        const cpu::Flags &f = cpu::flags;
+        double u[UNIFORMS];
+        int slot = (int)(i % UNIFORMS);
+        for (int k = 0; k < UNIFORMS && slot == 0; k++) {
+            u[k] = cpu::random_uniform((uint64_t)f.seed, stream_of, (uint64_t)(i + k));
+        }
+        if (slot == 0) {
+            CUDA(cudaMemcpyAsync(uniforms, u, sizeof u, cudaMemcpyHostToDevice, stream));
+        }
+        if (i > 0 && !graph) graph = capture([&] { token(); });
+        if (i > 0) CUDA(cudaGraphLaunch(graph, stream));
+        sample_kernel<<<1, 1024, 0, stream>>>(step, ids, logits, uniforms, UNIFORMS,
+                                              (int)view.d.vocab, (float)f.temperature);
+        LAUNCHED();
+        if (f.temperature > 0 && (f.top_k || f.top_p < 1)) {           // sorts: on the host
+            double uniform = cpu::random_uniform((uint64_t)f.seed, stream_of, (uint64_t)i);
+            download(host_logits, logits, 1, m.d.V, m.d.V);
+            int id = cpu::sample(host_logits, view.d.vocab, f.temperature, f.top_k, f.top_p,
+                                 uniform);
+            CUDA(cudaMemcpy(&step->id, &id, sizeof id, cudaMemcpyHostToDevice));
+            CUDA(cudaMemcpy(ids + slot, &id, sizeof id, cudaMemcpyHostToDevice));
+        }
+        CUDA(cudaMemcpyAsync(host_ids + slot, ids + slot, sizeof(int), cudaMemcpyDeviceToHost,
+                             stream));
+        CUDA(cudaEventRecord(done[i % UNDERWAY], stream));
+    }
+    int wait(cpu::Int i) {
+        CUDA(cudaEventSynchronize(done[i % UNDERWAY]));
+        return host_ids[i % UNIFORMS];
     }
 };
+
+// ---- --profile ----------------------------------------------------------------------------------
+
+// The FLOPs of SSD's forward for a token, of one layer, in chunks of 128 by tiles of 64: a row sees
+// 96 columns on average. CB and (CB o L) x go over these; C S and the new state over N and P.
+static double ssd_flops(const Dims *d) {
+    double GN = (double)(d->G * d->N), HP = (double)(d->H * d->P);
+    return 2 * 96 * (GN + HP) + 4 * HP * (double)d->N;
+}
+
+// What a part of a step must at least move and calculate, by its formula in the sizes
+struct Cost {
+    const char *name;
+    double times, bytes, flops;            // in a micro-batch; of one time
+};
+static std::vector<Cost> step_costs(const Dims *d, double X, double params, bool again) {
+    double n = (double)d->n, L = (double)d->L, M = (double)d->M, E = (double)d->E, S = (double)d->S;
+    double Z = (double)d->Z, H = (double)d->H, F = (double)d->F, V = (double)d->V;
+    double states = n / (double)d->Q * H * (double)(d->N * d->P), forward = again ? 2 * L : L;
+    double HP = (double)(d->H * d->P), GN = (double)(d->G * d->N), norms = F > 0 ? 2 * L : L;
+    std::vector<Cost> costs = {                            // X: bytes of floatX
+        {"embed", 1, 8 * n * M, 0},
+        {"norm", (again ? 2 : 1) * norms + 1, (4 + X) * n * M, 0},
+        {"conv1d", forward, 2 * X * n * S, 2 * n * S * (double)d->W},
+        {"dt", forward, (X + 4) * n * H, 0},
+        {"ssd", forward, X * (n * (S + E) + states) + 4 * n * H, n * ssd_flops(d)},
+        {"norm_g", forward, 3 * X * n * E, 0},
+        {"swiglu", forward, 3 * X * n * F, 0},
+        {"classifier", 1, 5 * X * n * V + (2 * X + 4) * V * M, 6 * n * V * M},
+        {"g_norm", norms + 1, (12 + 2 * X) * n * M, 0},
+        {"g_swiglu", L, 5 * X * n * F, 0},
+        {"g_norm_g", L, 5 * X * n * E, 0},
+        {"g_ssd", L, X * (n * (2 * S + E) + 3 * states) + 8 * n * H,
+         n * (192 * (2 * HP + 3 * GN) + 8 * HP * (double)d->N)},
+        {"g_dt", L, (2 * X + 4) * n * H, 0},
+        {"g_conv1d", L, 3 * X * n * S, 4 * n * S * (double)d->W},
+        {"g_embed", 1, 4 * n * M + 8 * min(n, V) * M, 0},
+        {"adamw", 1 / (double)cpu::flags.accum, params * (32 + (X < 4 ? X : 0)), 0},
+    };
+    auto product = [&](const char *name, const char *gradient, double I, double O, double out) {
+        costs.push_back({name, forward, n * (X * I + out * O) + X * I * O, 2 * n * I * O});
+        costs.push_back({gradient, L, 2 * X * n * (I + O) + (X + 4) * I * O, 4 * n * I * O});
+    };
+    product("in_proj", "g_in_proj", M, Z, X);
+    product("out_proj", "g_out_proj", E, M, 8);            // reads and writes the residual stream
+    product("fc1", "g_fc1", M, 2 * F, X);
+    product("fc2", "g_fc2", F, M, 8);
+    return costs;
+}
+
+// Seconds that f takes on the GPU: the least of 5 times
+template<class F>
+static double gpu_seconds(F f) {
+    cudaEvent_t from, to;
+    float ms, least = INFINITY;
+    CUDA(cudaEventCreate(&from));
+    CUDA(cudaEventCreate(&to));
+    for (int i = 0; i < 5; i++) {
+        CUDA(cudaEventRecord(from, stream));
+        f();
+        CUDA(cudaEventRecord(to, stream));
+        CUDA(cudaEventSynchronize(to));
+        CUDA(cudaEventElapsedTime(&ms, from, to));
+        least = min(least, ms);
+    }
+    CUDA(cudaEventDestroy(from));
+    CUDA(cudaEventDestroy(to));
+    return 1e-3 * (double)least;
+}
+
+// What this GPU reaches: bytes a second of a copy, FLOP/s of a square product
+struct Ceilings {
+    double bytes, flops;
+};
+template<typename floatX>
+static Ceilings measure_ceilings() {
+#ifdef __CUDACC__
+    constexpr size_t side = 8192;
+#else
+    constexpr size_t side = 64;            // emulated
+#endif
+    size_t count = side * side, bytes = count * sizeof(floatX);
+    floatX *a = device_alloc<floatX>(count), *out = device_alloc<floatX>(count);
+    CUDA(cudaMemsetAsync(a, 0x3c, bytes, stream));         // small numbers
+    double copy = gpu_seconds(
+        [&] { CUDA(cudaMemcpyAsync(out, a, bytes, cudaMemcpyDeviceToDevice, stream)); });
+    double product = gpu_seconds([&] { linear_forward(out, a, a, side, side, side, 0); });
+    CUDA(cudaFree(a));
+    CUDA(cudaFree(out));
+    return Ceilings{2 * (double)bytes / copy, 2 * (double)count * side / product};
+}
+
+// The parts of the profiled steps in the order in which they first came
+static void print_parts(const std::vector<Cost> &costs, Ceilings most, double steps, double plain,
+                        double profiled) {
+    struct Sum {
+        const char *name;
+        double seconds;
+    };
+    std::vector<Sum> sums;
+    double all = 0;
+    for (size_t i = 0; i < profile.marks.size(); i++) {
+        size_t k = 0;
+        float ms = 0;
+        if (i + 1 < profile.marks.size())
+            CUDA(cudaEventElapsedTime(&ms, profile.marks[i].event, profile.marks[i + 1].event));
+        while (k < sums.size() && strcmp(sums[k].name, profile.marks[i].name)) k++;
+        if (k == sums.size()) sums.push_back({profile.marks[i].name, 0});
+        sums[k].seconds += 1e-3 * (double)ms / steps;
+        all += 1e-3 * (double)ms / steps;
+    }
+    printf("%-11s %9s %7s %8s %9s  %s\n", "part", "ms a step", "share", "GB/s", "TFLOP/s",
+           "of its ceiling");
+    for (const Sum &sum : sums) {
+        double bytes = 0, flops = 0;
+        for (const Cost &c : costs) {
+            if (strcmp(c.name, sum.name)) continue;
+            bytes = c.times * (double)cpu::flags.accum * c.bytes;
+            flops = c.times * (double)cpu::flags.accum * c.flops;
+        }
+        double by_bytes = bytes / most.bytes, by_flops = flops / most.flops, s = sum.seconds;
+        printf("%-11s %9.3f %6.1f%% ", sum.name, 1e3 * s, 100 * s / all);
+        if (bytes > 0) {
+            printf("%8.0f %9.1f  %3.0f%% of the %s\n", 1e-9 * bytes / s, 1e-12 * flops / s,
+                   100 * max(by_bytes, by_flops) / s,
+                   by_bytes > by_flops ? "copy's GB/s" : "product's TFLOP/s");
+        } else printf("  (copies, and the GPU waiting)\n");
+    }
+    printf("%-11s %9.3f 100.0%%  a step: %.3f ms with these events, %.3f without%s\n", "sum",
+           1e3 * all, 1e3 * profiled, 1e3 * plain,
+           cpu::flags.graph ? ", as a CUDA graph" : "");
+}
 
 // ---- the functions of cpu::Backend, for floatX --------------------------------------------------
 template<typename floatX>
@@ -2498,20 +3031,23 @@ struct Device {
     // Prints up to `count` tokens after the prompt: cpu::generate, with the logits from the GPU.
     static void generate(const cpu::Model *host, const cpu::Tokenizer *tok, const int *prompt,
                          size_t prompt_size, cpu::Int count, uint64_t stream_of) {
-        const cpu::Flags &f = cpu::flags;
         Sampler<floatX> s(&model, host, prompt_size < 256 ? prompt_size : 256);
-        const float *logits = s.feed(prompt, prompt_size);
-        s.step_mode();
-        for (cpu::Int i = 0; i < count; i++) {
-            double u = cpu::random_uniform((uint64_t)f.seed, stream_of, (uint64_t)i);
-            int id = cpu::sample(logits, host->d.vocab, f.temperature, f.top_k, f.top_p, u);
+        s.feed(prompt, prompt_size);
+        cpu::Int issued = 0;
+        double start = cpu::now();
+        for (cpu::Int i = 0; i < count && !ferror(stdout); i++) {
+            while (issued < count && issued < i + UNDERWAY) s.issue(issued++, stream_of);
+            int id = s.wait(i);
             size_t size;
+            if (i == UNDERWAY) start = cpu::now();         // the graph is captured
             if (id == tok->eot) break;
             const char *piece = cpu::tokenizer_piece(tok, id, &size);
             fwrite(piece, 1, size, stdout);
             fflush(stdout);
-            if (ferror(stdout)) break;
-            if (i + 1 < count) logits = s.feed(&id, 1);
+        }
+        if (cpu::flags.profile && issued > 2 * UNDERWAY) {
+            fprintf(stderr, "%.0f tokens/s\n",
+                    (double)(issued - 2 * UNDERWAY) / (cpu::now() - start));
         }
     }
 
@@ -2520,6 +3056,7 @@ struct Device {
     // The sum of squares in two stages: NORM_PARTS blocks, then the host, in double.
     static double norm(cpu::Model *host) {
         static float sums[NORM_PARTS];
+        part("adamw");
         float *parts = workspace(NORM_PARTS);
         sum_squares_kernel<<<NORM_PARTS, 256, 0, stream>>>(parts, model.grads, host->size);
         LAUNCHED();
@@ -2534,6 +3071,7 @@ struct Device {
 
     static void update(cpu::Model *, double lr, double grad_scale, cpu::Int t) {
         adamw(&model, lr, grad_scale, t);
+        part("host");
     }
 
     static void carry(cpu::Model *, int fresh) {
@@ -2549,7 +3087,6 @@ struct Device {
         download(host->mean, m->mean, 1, n, n);
         download(host->square, m->square, 1, n, n);
         if (host->watch) {                                 // --dump
-            memcpy(host->a.losses, m->host_losses, m->d.n * sizeof(float));
             download(host->grads, m->grads, 1, n, n);
             download(host->a.hidden, m->a.hidden, 1, m->d.n * m->d.M, m->d.n * m->d.M);
         }
@@ -2562,9 +3099,12 @@ struct Device {
 // ---- main ---------------------------------------------------------------------------------------
 #ifndef TESTING                         // tests include this file for its ops
 
+extern const cpu::Backend gpu_backend;
+
 static bool in_bf16() { return !strcmp(cpu::flags.dtype, "bf16"); }
 
-// Which GPU, and can this program run on it? ARCH is what nvcc compiled for, times 10.
+// Which GPU, and can this program run on it? BUILT_FOR is what nvcc compiled for: code for sm_86
+// runs on 8.6 and 8.9, not on 8.0 or 9.0.
 static void gpu_start() {
     if (!cpu::given[cpu::FLAG_dtype]) cpu::flags.dtype = "bf16";
     if (!cpu::flags.chunk_size) cpu::flags.chunk_size = 128;
@@ -2576,15 +3116,69 @@ static void gpu_start() {
     CUDA(cudaSetDevice(device));
     cudaDeviceProp p;
     CUDA(cudaGetDeviceProperties(&p, device));
-#ifdef ARCH
-    CHECK(10 * p.major + p.minor >= ARCH, "built for sm_%d, found sm_%d%d: make ARCH=%d%d", ARCH,
-          p.major, p.minor, p.major, p.minor);
+    int driver = 0, runtime = 0;
+    CUDA(cudaDriverGetVersion(&driver));
+    CUDA(cudaRuntimeGetVersion(&runtime));
+    CHECK(driver / 1000 >= runtime / 1000, "the GPU's driver is for CUDA %d.%d, this program for "
+          "CUDA %d.%d; update the driver, or build with an older toolkit", driver / 1000,
+          driver / 10 % 100, runtime / 1000, runtime / 10 % 100);
+#ifdef BUILT_FOR
+    CHECK(p.major == BUILT_FOR / 10 && p.minor >= BUILT_FOR % 10,
+          "built for sm_%d, found sm_%d%d: make ARCH=%d%d", BUILT_FOR, p.major, p.minor, p.major,
+          p.minor);
 #endif
+    size_t all;
+    CUDA(cudaMemGetInfo(&device_room, &all));
     CUDA(cudaStreamCreate(&stream));
+}
+
+static cpu::Memory gpu_memory(const cpu::Dims *d) {
+    return in_bf16() ? device_memory<bf16>(d) : device_memory<float>(d);
+}
+static const cpu::Dims *opened;            // of the model that takes the memory
+
+// Two steps to warm up, N without events, N with them
+static int gpu_profile(cpu::Int steps) {
+    static double start, plain;
+    static Ceilings most;
+    const cpu::Flags &f = cpu::flags;
+    cpu::Int N = min(f.profile, (f.steps - 2) / 2);
+    CHECK(N > 0, "--profile takes at least 4 --steps");
+    double time = (cpu::now() - start) / (double)N;
+    if (steps == 2) {
+        most = in_bf16() ? measure_ceilings<bf16>() : measure_ceilings<float>();
+        start = cpu::now();
+    }
+    if (steps == 2 + N) {
+        plain = time;
+        profile.on = true;
+        start = cpu::now();
+    }
+    if (steps < 2 + 2 * N) return 0;
+    cpu::Spec specs[cpu::PARAM_COUNT];
+    cpu::param_specs(opened, specs);
+    Dims d(*opened);
+    double params = (double)cpu::total(specs, cpu::PARAM_COUNT);
+    CUDA(cudaStreamSynchronize(stream));
+    printf("ceilings: a copy %.0f GB/s, a product of 8192 x 8192 x 8192 %.1f TFLOP/s\n",
+           1e-9 * most.bytes, 1e-12 * most.flops);
+    print_parts(step_costs(&d, in_bf16() ? 2 : 4, params, opened->kept < opened->L), most,
+                (double)N, plain, time);
+    return 1;
+}
+
+static const char *gpu_memory_advice() {
+    cpu::Memory memory = gpu_memory(opened);
+    size_t batch = cpu::largest_batch(&gpu_backend, opened);
+    return cpu::str(": of %.1f that were free, this run takes %s; try --batch %zu%s",
+                    memory.room / (1 << 30), cpu::memory_text(&memory), batch ? batch : 1,
+                    opened->kept < opened->L ? "" : ", or --recompute");
 }
 
 static void gpu_open(cpu::Model *m) {
     Dims d(m->d);
+    opened = &m->d;
+    memory_advice = gpu_memory_advice;
     if (in_bf16() && m->grads && !ssd_is_fast(&d)) {
         fprintf(stderr,
                 "note: SSD takes about 10 times as long in this shape; the fast kernels take "
@@ -2615,17 +3209,29 @@ static void gpu_generate(const cpu::Model *m, const cpu::Tokenizer *tok, const i
               : Device<float>::generate(m, tok, prompt, size, count, stream_of);
 }
 
-// The datasheet's dense bf16 rate, so that a worse kernel cannot raise the percentage; 0 when
-// unknown
+// MFU = FLOPs of a token x tokens a second / the datasheet's peak. FLOPs are those that the model
+// needs, not those that kernels do: forward and backward of the matrix products, 6 for each weight
+// of in_proj, out_proj, MLP and head, and 3 times SSD's forward at chunks of 128, where tiles above
+// the diagonal are left out (ssd_flops). So neither a worse chunk nor --recompute raises it.
+static double gpu_flops(const cpu::Model *m) {
+    Dims d(m->d);
+    double layer = (double)(d.Z * d.M + d.E * d.M + 3 * d.F * d.M);
+    return 6 * ((double)d.L * layer + (double)(d.V * d.M)) + 3 * (double)d.L * ssd_flops(&d);
+}
+
+// Dense rates of the datasheets, in TFLOP/s: bf16 tensor cores with sums in float, and float
 static double gpu_peak() {
+    static const struct { const char *name; double bf16, f32; } peaks[] = {
+        {"H100 PCIe", 756, 51}, {"H100 NVL", 835, 60}, {"H100", 989, 67}, {"H200", 989, 67},
+        {"H800", 989, 67}, {"GH200", 989, 67}, {"B200", 2250, 75}, {"A100", 312, 19.5},
+        {"A800", 312, 19.5}, {"L40S", 362, 91.6}, {"L4", 121, 30.3}, {"A10", 125, 31.2},
+        {"RTX 4090", 165, 82.6}, {"RTX 3090", 71, 35.6},
+    };
     cudaDeviceProp p;
-    int device;
-    CUDA(cudaGetDevice(&device));
-    CUDA(cudaGetDeviceProperties(&p, device));
-    if (!in_bf16()) return 0;
-    if (strstr(p.name, "H100") || strstr(p.name, "H200"))
-        return strstr(p.name, "PCIe") ? 756e12 : 989e12;
-    if (strstr(p.name, "A100")) return 312e12;
+    CUDA(cudaGetDeviceProperties(&p, (int)cpu::flags.device));
+    for (auto &peak : peaks) {
+        if (strstr(p.name, peak.name)) return 1e12 * (in_bf16() ? peak.bf16 : peak.f32);
+    }
     return 0;
 }
 
@@ -2666,9 +3272,9 @@ static int gpu_compare(cpu::Run *run) {
     return bad > 0;
 }
 
-static const cpu::Backend gpu_backend = {
-    "GPU", gpu_start, gpu_open, gpu_loss, gpu_norm, gpu_update, gpu_carry, gpu_fetch, gpu_generate,
-    gpu_peak, gpu_compare
+const cpu::Backend gpu_backend = {
+    "GPU", 1, gpu_start, gpu_memory, gpu_open, gpu_loss, gpu_norm, gpu_update, gpu_carry, gpu_fetch,
+    gpu_generate, gpu_flops, gpu_peak, gpu_profile, gpu_compare
 };
 
 int main(int argc, char **argv) { return cpu::run_main(argc, argv, &gpu_backend); }

@@ -34,5 +34,24 @@ try "their losses agree to 1e-5" awk 'NR == FNR { a[FNR] = $1; n = FNR; next }
 try "on to the CPU" ./train_mamba2 --out "$out/emu" --resume --dtype f32 --steps 12
 try "and back" ./train_mamba2emu --out "$out/emu" --resume --dtype f32 --steps 14
 try "generates" ./train_mamba2emu --out "$out/emu" --generate 12 --prompt "to be"
+same() {                                 # same FLAGS: do both programs write the same text?
+    ./train_mamba2 --out "$out/emu" --generate 30 --prompt "to be or" "$@" >"$out/a"
+    ./train_mamba2emu --out "$out/emu" --dtype f32 --generate 30 --prompt "to be or" "$@" >"$out/b"
+    [ -s "$out/a" ] && cmp "$out/a" "$out/b"
+}
+try "greedy text is the CPU's" same --temperature 0
+try "sampled text is the CPU's" same --temperature 0.9
+try "and so with --top-k" same --temperature 0.9 --top-k 5
+graphs() {                               # graphs FLAGS: does a CUDA graph change a bit?
+    for graph in 0 1; do
+        rm -rf "$out/$graph"
+        # shellcheck disable=SC2086
+        ./train_mamba2emu $tiny $quiet --steps 5 --accum 2 --warmup 1 --graph $graph \
+            --out "$out/$graph" "$@" || return 1
+    done
+    cmp "$out/0/last/model.safetensors" "$out/1/last/model.safetensors"
+}
+try "a CUDA graph gives the same bits" graphs
+try "with carried states too" graphs --carry --packed --eot 10
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]
