@@ -82,54 +82,16 @@ static void omp_set_num_threads(int n) { (void)n; }
 #define CHECK(ok, ...) do { if (!(ok)) die(__VA_ARGS__); } while (0)
 #endif
 
-#include "dev/lib/tools.h"               // errors, memory, files, text
+#include "dev/lib/tools.h"               // errors, memory, files, text, random numbers, time
 #include "dev/lib/json.h"
 #include "dev/lib/tokenizer.h"           // bytes, and byte-level BPE from a tokenizer.json
 #include "dev/lib/safetensors.h"
 #include "dev/lib/plot.h"                // loss.png
+#include "dev/lib/log.h"                 // log.jsonl and its curves
 
 #define VERSION "0.1"
 
-// ================================================================================================
-// Random numbers and time
-// ================================================================================================
-
-// Random numbers without a state: the i-th number of a stream is a hash of (seed, stream, i), so
-// that any thread can make any number and a resumed run goes on with the same ones.
-enum { RANDOM_ORDER = 1000, RANDOM_SAMPLE };                 // streams; tensor k has stream k
-
-static uint64_t hash64(uint64_t x) {                         // splitmix64's finalizer
-    x = (x ^ x >> 30)*0xbf58476d1ce4e5b9u;
-    x = (x ^ x >> 27)*0x94d049bb133111ebu;
-    return x ^ x >> 31;
-}
-
-static uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t i) {
-    return hash64(hash64(hash64(seed + 0x9e3779b97f4a7c15u) + stream) + i*0x9e3779b97f4a7c15u);
-}
-
-static double random_uniform(uint64_t seed, uint64_t stream, uint64_t i) {       // in (0, 1)
-    return ((double)(random_bits(seed, stream, i) >> 12) + 0.5)/4503599627370496.0;
-}
-
-static double random_normal(uint64_t seed, uint64_t stream, uint64_t i) {
-    double u = random_uniform(seed, stream, 2*i), v = random_uniform(seed, stream, 2*i + 1);
-    return sqrt(-2*log(u))*cos(6.283185307179586*v);
-}
-
-// Where the time of a step goes: lap("conv1d") charges the time since the last lap to "conv1d".
-typedef struct { const char *name; double seconds; } Lap;
-static Lap laps[32];
-static double last_lap;
-
-static void lap(const char *name) {
-    double t = now();
-    size_t i = 0;
-    while (laps[i].name && strcmp(laps[i].name, name)) i++;
-    laps[i].name = name;
-    laps[i].seconds += t - last_lap;
-    last_lap = t;
-}
+enum { RANDOM_ORDER = 1000, RANDOM_SAMPLE };     // streams of random numbers; tensor k has stream k
 
 // ================================================================================================
 // Three tables: flags, parameters, activations. Everything else about them is generated
@@ -649,8 +611,7 @@ static void conv1d_backward(const Dims *d, real *g_zxBCdt, real *g_w, real *g_b,
         free(p);
     }
     PARALLEL_FOR
-    for (size_t i = 0; i < d->n;
-         i++) {                      // token i is the tap k of i + (W-1) - k
+    for (size_t i = 0; i < d->n; i++) {                      // the tap k of token i + (W-1) - k
         const real *taps[MAX_CONV];
         for (size_t k = 0; k < W; k++) {
             size_t later = i + W - 1 - k;
@@ -1519,8 +1480,10 @@ static void remember(Recent *r, double value) { r->values[r->count++ % WINDOW] =
 // ================================================================================================
 // Tokens: text and llm.c shards into micro-batches
 // ================================================================================================
-// A shard of llm.c: 256 int32 (magic, version, number of tokens), then the tokens, 16 or 32 bits
-// wide. All other files are text; several are one stream, each behind an end-of-text token.
+// Files named *.bin are shards of llm.c. Others are text; several are one stream, each behind an
+// end-of-text token.
+
+#include "dev/lib/shards.h"              // match_files, shard_header, read_shard
 
 typedef struct { const char *path; size_t tokens, first; } Shard;       // first: of a text's tokens
 
@@ -1543,86 +1506,6 @@ typedef struct {
     int *ids, *targets, *doc;           // the micro-batch (R*T); doc: NULL unless packed
     int fresh;                          // --carry: its rows start a new stretch, states are 0
 } Loader;
-
-static int compare_paths(const void *a, const void *b) {
-    return strcmp(*(const char *const *)a, *(const char *const *)b);
-}
-
-// All files that match any of the patterns, sorted, without duplicates.
-static char **match_files(const char *patterns, size_t *count, const char *flag) {
-    char **paths = NULL;
-    *count = 0;
-    for (const char *p = patterns; *p; ) {
-        size_t size = exists(p) ? strlen(p) : strcspn(p, ",");           // a name may have a comma
-        char *pattern = strndup(p, size), **found = &pattern;
-        size_t matches = 1;
-        glob_t g;
-        if (!exists(pattern)) {
-            CHECK(!glob(pattern, 0, NULL, &g), "%s: no file matches '%s'; give text, or shards in "
-                  "the format of llm.c", flag, pattern);
-            found = g.gl_pathv, matches = g.gl_pathc;
-        }
-        paths = (char **)realloc(paths, (*count + matches)*sizeof(char *));
-        for (size_t i = 0; i < matches; i++) paths[(*count)++] = found[i];
-        p += size + (p[size] == ',');
-    }
-    CHECK(*count, "%s: no file is named", flag);
-    qsort(paths, *count, sizeof(char *), compare_paths);
-    size_t kept = 1;
-    for (size_t i = 1; i < *count; i++)
-        if (strcmp(paths[i], paths[kept - 1])) paths[kept++] = paths[i];
-    *count = kept;
-    return paths;
-}
-
-static int is_shard_name(const char *path) {
-    size_t n = strlen(path);
-    return (n > 4 && !strcmp(path + n - 4, ".bin")) || (n > 7 && !strcmp(path + n - 7, ".bin.gz"));
-}
-
-// Version and number of tokens from the header of a shard
-static int shard_header(const char *path, size_t *tokens) {
-    int32_t header[256] = { 0 };
-    struct stat st;
-    gzFile file = gzopen(path, "rb");
-    CHECK(file && stat(path, &st) == 0, "%s: %s", path, strerror(errno));
-    int got = gzread(file, header, sizeof header), packed = !gzdirect(file);
-    gzclose(file);
-    int version = header[0] == 20240520 && header[1] == 1 ? 1
-                : header[0] == 20240801 && header[1] == 7 ? 7 : 0;
-    CHECK(got == sizeof header && version, "%s: no header of an llm.c shard (expected the numbers "
-          "20240520 and 1, or 20240801 and 7; found %d and %d); a headerless file of nanoGPT must "
-          "be converted: dev/data/README.md", path, header[0], header[1]);
-    CHECK(header[2] >= 0, "%s: its header says %d tokens", path, header[2]);
-    *tokens = (size_t)header[2];
-    size_t expected = sizeof header + *tokens*(version == 7 ? 4 : 2);
-    CHECK(packed || (size_t)st.st_size == expected, "%s: %zu bytes, expected %zu for the %zu "
-          "tokens of its header", path, (size_t)st.st_size, expected, *tokens);
-    return version;
-}
-
-static void check_tokens(const Loader *d, const char *path, const int *tokens, size_t count) {
-    for (size_t i = 0; i < count; i++)
-        CHECK((size_t)(unsigned)tokens[i] < d->vocab, "%s: token %u at position %zu is outside the "
-              "vocabulary of %zu; the data does not belong to this model or --tokenizer", path,
-              (unsigned)tokens[i], i, d->vocab);
-}
-
-static int *read_shard(const Loader *d, const Shard *shard) {
-    Bytes b = read_file(shard->path);
-    size_t width = d->version == 7 ? 4 : 2, expected = 1024 + shard->tokens*width;
-    CHECK(b.size == expected, "%s: %zu bytes, expected %zu for the %zu tokens of its header",
-          shard->path, b.size, expected, shard->tokens);
-    int *tokens = (int *)alloc(shard->tokens, sizeof(int));
-    for (size_t i = 0; i < shard->tokens; i++) {
-        uint32_t v = 0;
-        memcpy(&v, b.data + 1024 + i*width, width);          // little-endian, as all our machines
-        tokens[i] = (int)v;
-    }
-    free(b.data);
-    check_tokens(d, shard->path, tokens, shard->tokens);
-    return tokens;
-}
 
 static void append_text(Loader *d, Shard *file, int eot_first) {
     Bytes b = read_file(file->path);
@@ -1707,7 +1590,7 @@ static int loader_start(Loader *d, size_t vocab, size_t R, size_t T, int require
     for (size_t i = 0; d->text && i < d->files; i++) {
         size_t begin = d->shards[i].first;
         size_t end = i + 1 < d->files ? d->shards[i + 1].first : d->text_size;
-        check_tokens(d, d->shards[i].path, d->text + begin, end - begin);
+        check_tokens(d->shards[i].path, d->text + begin, end - begin, vocab);
     }
     for (size_t i = 0; i < d->count; i++) {
         size_t k = loader_batches(d, d->shards[i].tokens);
@@ -1767,7 +1650,7 @@ static void loader_load(Loader *d) {
     if (d->text) {
         d->tokens = (int *)alloc(d->size, sizeof(int));
         memcpy(d->tokens, d->text, d->size*sizeof(int));
-    } else d->tokens = read_shard(d, shard);
+    } else d->tokens = read_shard(shard->path, d->version, shard->tokens, d->vocab);
     if (!d->shuffle) return;
     shuffle_documents(d, stream);
     if (d->carry) return;
@@ -1824,10 +1707,10 @@ static size_t target_bytes(const Loader *d) {
 // Checkpoints: a model directory that Hugging Face loads, and the trainer's own files beside it
 // ================================================================================================
 //   config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json
-//   optimizer.safetensors  carry.safetensors (--carry)  state.json  checksums.txt
-// checksums.txt has a line "crc32 size name" for every other file and is written last.
+//   optimizer.safetensors  carry.safetensors (--carry)  state.json  checksums.txt, written last
 
 #include "dev/lib/huggingface.h"        // config.json, reading and naming of weights
+#include "dev/lib/directory.h"          // checksums, finding and pruning checkpoints, the lock
 
 // ---- the trainer's state ------------------------------------------------------------------------
 typedef struct {
@@ -1863,35 +1746,12 @@ static void read_recent(Recent *r, const Json *state, const char *path, const ch
 }
 
 // ---- writing ------------------------------------------------------------------------------------
-static void finish_file(Text *sums, const char *name, Output o) {
-    put(sums, "%08x %zu %s\n", o.crc, o.size, name);
-}
-
-static void finish_text(Text *sums, const char *dir, const char *name, Text *t) {
-    finish_file(sums, name, write_file(str("%s/%s", dir, name), t->data, t->size));
-    free(t->data);
-    memset(t, 0, sizeof *t);
-}
-
-static void finish_tensors(Text *sums, const char *dir, const char *name, Tensors *t) {
-    finish_file(sums, name, tensors_write(str("%s/%s", dir, name), t));
-    free(t->list);
-    memset(t, 0, sizeof *t);
-}
-
 static void carry_tensors(Tensors *t, const Model *m) {
     const Dims *d = &m->d;
     const size_t past[] = { d->L, d->lanes, d->W - 1, d->S };
     const size_t states[] = { d->L, d->lanes, d->H, d->N, d->P };
     tensors_add(t, "past", 4, past, m->a.past);
     tensors_add(t, "states", 5, states, m->a.carried);
-}
-
-static void point_link(const char *link, const char *target) {           // link -> target, at once
-    const char *aside = str("%s.new", link);
-    unlink(aside);
-    CHECK(symlink(target, aside) == 0 && rename(aside, link) == 0, "%s: could not point to %s: %s",
-          link, target, strerror(errno));
 }
 
 // Everything in OUT/step_N; complete on the disk before it takes that name.
@@ -1947,134 +1807,12 @@ static void save_checkpoint(const Model *m, const Progress *p, const Loader *dat
 }
 
 // ---- finding and reading ------------------------------------------------------------------------
-static int compare_steps(const void *a, const void *b) {
-    Int x = *(const Int *)a, y = *(const Int *)b;
-    return x < y ? 1 : x > y ? -1 : 0;
-}
-
-// The steps that OUT has checkpoints of, newest first
-static Int *list_checkpoints(const char *out, size_t *count) {
-    Int *steps = (Int *)alloc(1, sizeof(Int));
-    DIR *d = opendir(out);
-    *count = 0;
-    for (struct dirent *e; d && (e = readdir(d)); ) {
-        char *end;
-        if (strncmp(e->d_name, "step_", 5)) continue;
-        Int step = strtoll(e->d_name + 5, &end, 10);
-        if (end == e->d_name + 5 || *end) continue;
-        steps = (Int *)realloc(steps, (*count + 1)*sizeof(Int));
-        steps[(*count)++] = step;
-    }
-    if (d) closedir(d);
-    qsort(steps, *count, sizeof(Int), compare_steps);
-    return steps;
-}
-
-static const char *link_target(const char *link) {
-    static char target[PATH_MAX];
-    ssize_t n = readlink(link, target, sizeof target - 1);
-    target[n > 0 ? n : 0] = 0;
-    return target;
-}
-
-// Of the checkpoints up to this step the newest --keep stay, and the best. (Newer ones are damaged,
-// or this run would have gone on from them.)
-static void prune_checkpoints(Int step) {
-    size_t count, kept = 0;
-    Int *steps = list_checkpoints(flags.out, &count);
-    const char *best = link_target(str("%s/best", flags.out));
-    for (size_t i = 0; i < count && flags.keep; i++) {
-        char *dir = strdup(str("%s/step_%08" PRId64, flags.out, steps[i]));
-        if (steps[i] <= step && (Int)++kept > flags.keep && strcmp(strrchr(dir, '/') + 1, best))
-            remove_tree(dir);
-        free(dir);
-    }
-    free(steps);
-}
-
-// What is wrong with a checkpoint's files, or NULL
-static const char *checkpoint_fault(const char *dir) {
-    const char *path = str("%s/checksums.txt", dir), *fault = NULL;
-    unsigned crc;
-    size_t size;
-    char name[64];
-    if (!exists(path)) return "checksums.txt is missing";
-    Bytes sums = read_file(path);
-    char *own = strstr(sums.data, " checksums\n");           // first its own line, the last
-    while (own && own > sums.data && own[-1] != '\n') own--;
-    size_t before = own ? (size_t)(own - sums.data) : 0;
-    if (!own || sscanf(own, "%8x %zu %63s", &crc, &size, name) != 3 || size != before
-        || crc != crc_of(0, sums.data, before) || strchr(own, '\n') + 1 != sums.data + sums.size)
-        fault = "checksums.txt is damaged";
-    for (char *line = sums.data; !fault && line < own; line = strchr(line, '\n') + 1) {
-        int fields = sscanf(line, "%8x %zu %63s", &crc, &size, name);
-        const char *file = str("%s/%s", dir, name);
-        if (fields != 3 || !exists(file)) fault = str("%s is missing", name);
-        if (fault) break;
-        Bytes b = map_file(file);
-        if (b.size != size || crc_of(0, b.data, b.size) != crc) fault = str("%s is damaged", name);
-        if (b.size) munmap(b.data, b.size);
-    }
-    free(sums.data);
-    return fault;
-}
-
-// The newest good checkpoint in OUT, or NULL when there is none; a warning for each damaged one
-static char *find_checkpoint(void) {
-    size_t count;
-    Int *steps = list_checkpoints(flags.out, &count);
-    for (size_t i = 0; i < count; i++) {
-        char *dir = strdup(str("%s/step_%08" PRId64, flags.out, steps[i]));
-        const char *fault = checkpoint_fault(dir);
-        if (!fault) return free(steps), dir;
-        fprintf(stderr, "warning: %s is not used: %s\n", dir, fault);
-        free(dir);
-    }
-    free(steps);
-    CHECK(!count, "--resume: all %zu checkpoints in %s are damaged; start again in another --out, "
-          "or with --init from one whose model.safetensors is whole", count, flags.out);
-    return NULL;
-}
-
 static Json *read_state(const char *dir) {
     char *path = strdup(str("%s/state.json", dir));
     Bytes b = read_file(path);
     Json *state = json_parse(path, b.data, b.size);
     free(b.data), free(path);
     return state;
-}
-
-// Flags that belong to a command, not to a run
-static int flag_is_momentary(size_t i) {
-    const char *g = flag_specs[i].group;
-    return !strcmp(g, "Inspect") || !strcmp(g, "Text") || i == FLAG_out || i == FLAG_resume
-        || i == FLAG_threads || i == FLAG_init;
-}
-
-// Flags without which a resumed run would be another run
-static int flag_is_fixed(size_t i) {
-    const char *g = flag_specs[i].group;
-    return ((!strcmp(g, "Data") || !strcmp(g, "Model")) && i != FLAG_chunk_size)
-        || i == FLAG_batch || i == FLAG_seq_len || i == FLAG_accum || i == FLAG_carry;
-}
-
-// Flags that the user did not give are taken from the checkpoint; the others are compared with it.
-static void restore_flags(const char *dir, const Json *state) {
-    const Json *old = json_expect(json_get(state, "flags"), JSON_OBJECT, dir, "flags");
-    for (size_t i = 0; i < FLAG_COUNT; i++) {
-        const Json *v = json_get(old, flag_specs[i].name);
-        if (flag_is_momentary(i) || !v) continue;
-        char *then = v->kind == JSON_TRUE ? strdup("1") : v->kind == JSON_FALSE ? strdup("0")
-                   : strndup(v->text, v->size), *now_ = strdup(flag_text(i));
-        if (!given[i]) {
-            if (i != FLAG_min_lr || !given[FLAG_lr]) flag_set(i, strdup(then));
-        } else if (strcmp(then, now_)) {
-            CHECK(!flag_is_fixed(i), "--resume: %s was trained with %s %s, now it is %s; a run can "
-                  "only go on as it was", dir, flag_name(i), then, now_);
-            printf("notice: %s is %s, it was %s\n", flag_name(i), now_, then);
-        }
-        free(then), free(now_);
-    }
 }
 
 static void restore_tensors(const char *dir, const char *name, Tensors *list) {
@@ -2109,24 +1847,6 @@ static void restore_checkpoint(const char *dir, const Json *state, Model *m, Pro
     loader_seek(d, json_size(json_get(data, "epoch"), path, "epoch"),
                 json_size(json_get(data, "shard"), path, "shard"),
                 json_size(json_get(data, "batch"), path, "batch"));
-    free(path);
-}
-
-// A second trainer in the same directory would destroy the first one's work. The lock goes with the
-// process; OUT/lock says who holds it.
-static void lock_out(void) {
-    CHECK(mkdir(flags.out, 0777) == 0 || errno == EEXIST, "--out %s: could not create: %s",
-          flags.out, strerror(errno));
-    char *path = strdup(str("%s/lock", flags.out)), host[64] = "this host";
-    int fd = open(flags.out, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    CHECK(fd >= 0, "--out %s: %s", flags.out, strerror(errno));
-    if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
-        const char *holder = exists(path) ? read_file(path).data : "another process";
-        die("--out %s is in use by %s; wait for it or choose another directory", flags.out, holder);
-    }
-    gethostname(host, sizeof host - 1);
-    const char *text = str("process %d on %s", (int)getpid(), host);
-    write_file(path, text, strlen(text));
     free(path);
 }
 
@@ -2280,8 +2000,6 @@ typedef struct {
     int (*compare)(struct Run *run);                         // --compare without a file, or NULL
 } Backend;
 
-typedef struct { Point *points; size_t count, room; } Curve;
-
 typedef struct Run {
     const Backend *device;
     Model m;
@@ -2294,25 +2012,6 @@ typedef struct Run {
     FILE *log;
     Curve train_curve, val_curve;
 } Run;
-
-static void curve_add(Curve *c, double x, double y) {
-    if (c->count == c->room) {
-        c->room = 2*c->room + 256;
-        c->points = (Point *)realloc(c->points, c->room*sizeof(Point));
-        CHECK(c->points, "out of memory: %zu points of a curve", c->room);
-    }
-    c->points[c->count].x = x, c->points[c->count++].y = y;
-}
-
-static const char *human(double x) {
-    return x >= 1e9 ? str("%.1fG", x/1e9) : x >= 1e6 ? str("%.1fM", x/1e6)
-         : x >= 1e4 ? str("%.1fK", x/1e3) : str("%.0f", x);
-}
-
-static const char *duration(double s) {
-    long t = (long)(s + 0.5);
-    return t >= 3600 ? str("%ld:%02ld:%02ld", t/3600, t/60%60, t%60) : str("%ld:%02ld", t/60, t%60);
-}
 
 // ---- setting up ---------------------------------------------------------------------------------
 
@@ -2547,38 +2246,18 @@ static void put_log(Run *run, Text *line) {
     free(line->data);
 }
 
-// The number behind a key of a line of the log, or NAN
-static double log_number(const char *line, const char *end, const char *key) {
-    const char *found = strstr(line, key);
-    return found && found < end ? strtod(found + strlen(key), NULL) : NAN;
-}
-
-// A new log begins with all flags. A resumed one loses the lines behind the step that it goes on
-// from, and gives the curves their points back.
+// A new log begins with all flags; a resumed one loses the lines behind the step it goes on from.
 static void log_open(Run *run, int resumed) {
     char *path = strdup(str("%s/log.jsonl", flags.out)), *aside = strdup(str("%s.new", path));
-    Text kept = { NULL, 0, 0 };
-    if (resumed && exists(path)) {
-        Bytes b = read_file(path);
-        for (char *line = b.data, *end; (end = strchr(line, '\n')); line = end + 1) {
-            double step = log_number(line, end, "{\"step\":");
-            double loss = log_number(line, end, "\"loss\":");
-            double val = log_number(line, end, "\"val_loss\":");
-            if (step > (double)run->p.step) continue;
-            put_bytes(&kept, line, (size_t)(end - line) + 1);
-            if (isfinite(loss)) curve_add(&run->train_curve, step, loss);
-            if (isfinite(val)) curve_add(&run->val_curve, step, val);
-        }
-        free(b.data);
-    } else {
-        put(&kept, "{\"config\":");
-        put_flags(&kept);
-        put(&kept, "}\n");
-    }
-    write_file(aside, kept.data, kept.size);
+    Text t = { NULL, 0, 0 };
+    if (resumed && exists(path))
+        t = log_kept(path, (double)run->p.step, &run->train_curve, &run->val_curve);
+    else
+        put(&t, "{\"config\":"), put_flags(&t), put(&t, "}\n");
+    write_file(aside, t.data, t.size);
     CHECK(rename(aside, path) == 0 && (run->log = fopen(path, "a")), "%s: %s", path,
           strerror(errno));
-    free(kept.data), free(path), free(aside);
+    free(t.data), free(path), free(aside);
 }
 
 static void draw_plot(const Run *run) {
@@ -2690,7 +2369,7 @@ static void save(Run *run) {
     if (better) run->p.best = run->last_val;
     save_checkpoint(m, &run->p, &run->train);
     if (better) point_link(str("%s/best", flags.out), str("step_%08" PRId64, run->p.step));
-    prune_checkpoints(run->p.step);
+    prune_checkpoints(flags.out, flags.keep, run->p.step);
     printf("step %" PRId64 " | saved %s/step_%08" PRId64 "%s\n", run->p.step, flags.out,
            run->p.step, better ? " (best)" : "");
 }
@@ -2741,11 +2420,11 @@ static int verb_train(Run *run) {
     CHECK(!count || flags.resume, "--out %s holds %zu checkpoints; go on with --resume, or choose "
           "another directory", flags.out, count);
     int existed = exists(flags.out);
-    if (existed) lock_out();
-    char *dir = find_checkpoint();
+    if (existed) lock_out(flags.out);
+    char *dir = find_checkpoint(flags.out);
     Json *state = dir ? read_state(dir) : NULL;
     run_open(run, dir ? dir : *flags.init ? flags.init : NULL, state, 1);
-    if (!existed) lock_out();           // bad input leaves no directory behind
+    if (!existed) lock_out(flags.out);           // bad input leaves no directory behind
     json_free(state), free(dir);
     if (run->p.step >= flags.steps)
         return printf("nothing to do: already at step %" PRId64 " of %" PRId64 "\n", run->p.step,

@@ -119,3 +119,36 @@ static void put_flags(Text *t) {
     }
     put(t, "}");
 }
+
+// Flags that belong to a command, not to a run
+static int flag_is_momentary(size_t i) {
+    const char *g = flag_specs[i].group;
+    return !strcmp(g, "Inspect") || !strcmp(g, "Text") || i == FLAG_out || i == FLAG_resume
+        || i == FLAG_threads || i == FLAG_init;
+}
+
+// Flags without which a resumed run would be another run
+static int flag_is_fixed(size_t i) {
+    const char *g = flag_specs[i].group;
+    return ((!strcmp(g, "Data") || !strcmp(g, "Model")) && i != FLAG_chunk_size)
+        || i == FLAG_batch || i == FLAG_seq_len || i == FLAG_accum || i == FLAG_carry;
+}
+
+// Flags that the user did not give are taken from the checkpoint; the others are compared with it.
+static void restore_flags(const char *dir, const Json *state) {
+    const Json *old = json_expect(json_get(state, "flags"), JSON_OBJECT, dir, "flags");
+    for (size_t i = 0; i < FLAG_COUNT; i++) {
+        const Json *v = json_get(old, flag_specs[i].name);
+        if (flag_is_momentary(i) || !v) continue;
+        char *then = v->kind == JSON_TRUE ? strdup("1") : v->kind == JSON_FALSE ? strdup("0")
+                   : strndup(v->text, v->size), *now_ = strdup(flag_text(i));
+        if (!given[i]) {
+            if (i != FLAG_min_lr || !given[FLAG_lr]) flag_set(i, strdup(then));
+        } else if (strcmp(then, now_)) {
+            CHECK(!flag_is_fixed(i), "--resume: %s was trained with %s %s, now it is %s; a run can "
+                  "only go on as it was", dir, flag_name(i), then, now_);
+            printf("notice: %s is %s, it was %s\n", flag_name(i), now_, then);
+        }
+        free(then), free(now_);
+    }
+}

@@ -346,7 +346,7 @@ static void edge_tile(real *C, const real *from, size_t ldc, const real *A, size
 // Rows of the next tile, when m are left: 6, at the end 4; fewer are an edge
 static size_t small_rows(size_t m) {
     if (m == 2*SMALL_END) return SMALL_END;
-    return m >= SMALL_MR ? SMALL_MR : m >= SMALL_END ? SMALL_END : m;
+    return least(m, m >= SMALL_MR || m < SMALL_END ? SMALL_MR : SMALL_END);
 }
 
 // C = beta from + A B, serial and from L1 and L2, for sizes that are not worth packing; C, `from`

@@ -180,3 +180,48 @@ static int remove_entry(const char *path, const struct stat *st, int kind, struc
 
 // A directory with all that is in it; nothing happens when there is none.
 static void remove_tree(const char *path) { nftw(path, remove_entry, 16, FTW_DEPTH | FTW_PHYS); }
+
+static const char *human(double x) {
+    return x >= 1e9 ? str("%.1fG", x/1e9) : x >= 1e6 ? str("%.1fM", x/1e6)
+         : x >= 1e4 ? str("%.1fK", x/1e3) : str("%.0f", x);
+}
+
+static const char *duration(double s) {
+    long t = (long)(s + 0.5);
+    return t >= 3600 ? str("%ld:%02ld:%02ld", t/3600, t/60%60, t%60) : str("%ld:%02ld", t/60, t%60);
+}
+
+// Random numbers without a state: the i-th number of a stream is a hash of (seed, stream, i), so
+// that any thread can make any number and a resumed run goes on with the same ones.
+static uint64_t hash64(uint64_t x) {                         // splitmix64's finalizer
+    x = (x ^ x >> 30)*0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27)*0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+static uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t i) {
+    return hash64(hash64(hash64(seed + 0x9e3779b97f4a7c15u) + stream) + i*0x9e3779b97f4a7c15u);
+}
+
+static double random_uniform(uint64_t seed, uint64_t stream, uint64_t i) {       // in (0, 1)
+    return ((double)(random_bits(seed, stream, i) >> 12) + 0.5)/4503599627370496.0;
+}
+
+static double random_normal(uint64_t seed, uint64_t stream, uint64_t i) {
+    double u = random_uniform(seed, stream, 2*i), v = random_uniform(seed, stream, 2*i + 1);
+    return sqrt(-2*log(u))*cos(6.283185307179586*v);
+}
+
+// Where the time of a step goes: lap("conv1d") charges the time since the last lap to "conv1d".
+typedef struct { const char *name; double seconds; } Lap;
+static Lap laps[32];
+static double last_lap;
+
+static void lap(const char *name) {
+    double t = now();
+    size_t i = 0;
+    while (laps[i].name && strcmp(laps[i].name, name)) i++;
+    laps[i].name = name;
+    laps[i].seconds += t - last_lap;
+    last_lap = t;
+}
