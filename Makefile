@@ -67,8 +67,12 @@ ARCH     ?= $(or $(subst .,,$(GPU_ARCH)),90)
 NVFLAGS   = -std=c++20 -O3 -gencode arch=compute_$(ARCH),code=sm_$(ARCH) \
             -Xcompiler "-O3 $(FLOAT)" -DBUILT_FOR=$(ARCH)
 
-train_mamba2cu: train_mamba2.cu $(wildcard dev/cuda/*) $(SOURCES)
-	$(NVCC) $(NVFLAGS) train_mamba2.cu -o $@ -lcublasLt -lcublas $(LIBS)
+CUDA_H   := train_mamba2.cu $(wildcard dev/cuda/* dev/test/*.h) $(SOURCES)
+
+train_mamba2cu: train_mamba2.cu $(CUDA_H)
+	$(NVCC) $(NVFLAGS) $< -o $@ -lcublasLt -lcublas $(LIBS)
+test_mamba2cu: test_mamba2.c $(CUDA_H)
+	$(NVCC) $(NVFLAGS) -x cu $< -o $@ -lcublasLt -lcublas $(LIBS)
 
 # ---- CUDA on a CPU: a CUDA source, through dev/emulate, becomes a program of the host -------------
 # EMU: optimisation and debugging;  SAN: sanitizers (without OpenMP under thread)
@@ -82,22 +86,26 @@ EMUCXX    = $(CXX) -std=c++20 -x c++ -iquote . -I $(EMULATE) -I $(EMULATE)/inclu
             -Wno-unused-function $(EMU) $(SAN)
 emulated  = perl $(EMULATE)/launch.pl $< | $(EMUCXX) $1 - -o $@ $(LIBS)
 
-train_mamba2emu: train_mamba2.cu $(wildcard dev/cuda/*) $(SOURCES) $(EMU_H)
-	$(call emulated,$(EMU_OMP) -march=$(MARCH) -ffp-contract=fast)
+EMU_FLOAT = $(EMU_OMP) -march=$(MARCH) -ffp-contract=fast
+
+train_mamba2emu: train_mamba2.cu $(CUDA_H) $(EMU_H)
+	$(call emulated,$(EMU_FLOAT))
 
 selftestemu: $(EMULATE)/selftest.cu $(EMU_H)
 	$(call emulated)
 
 # the shim's own tests: make test-emulate-shim
 EMU_TESTS := build/emu
-$(EMU_TESTS)/test_ops: dev/cuda/test_ops.cu train_mamba2.cu dev/cuda/ssd_fast.cuh $(SOURCES) $(EMU_H)
+$(EMU_TESTS)/test_mamba2: test_mamba2.c $(CUDA_H) $(EMU_H)
 	@mkdir -p $(@D)
-	$(call emulated,-iquote dev/cuda $(EMU_OMP) -march=$(MARCH) -ffp-contract=fast)
-$(EMU_TESTS)/test_ops-asan: dev/cuda/test_ops.cu train_mamba2.cu dev/cuda/ssd_fast.cuh $(SOURCES) $(EMU_H)
+	$(call emulated,$(EMU_FLOAT))
+$(EMU_TESTS)/test_mamba2-asan: test_mamba2.c $(CUDA_H) $(EMU_H)
 	@mkdir -p $(@D)
-	$(call emulated,-iquote dev/cuda $(EMU_OMP) -march=$(MARCH) -ffp-contract=fast \
-	    -fsanitize=address -fsanitize=undefined)
-test-emulate: train_mamba2 train_mamba2emu $(EMU_TESTS)/test_ops $(EMU_TESTS)/test_ops-asan
+	$(call emulated,$(EMU_FLOAT) -fsanitize=address -fsanitize=undefined)
+$(EMU_TESTS)/test_mamba2-tsan: test_mamba2.c $(CUDA_H) $(EMU_H)
+	@mkdir -p $(@D)
+	$(call emulated,-march=$(MARCH) -ffp-contract=fast -fsanitize=thread)
+test-emulate: train_mamba2 train_mamba2emu $(EMU_TESTS)/test_mamba2 $(EMU_TESTS)/test_mamba2-asan $(EMU_TESTS)/test_mamba2-tsan
 	@dev/test/run.sh "make test-emulate-shim" dev/test/emulate.sh
 $(EMU_TESTS)/%: $(EMULATE)/%.cu $(EMU_H)
 	@mkdir -p $(@D)

@@ -1,44 +1,69 @@
-// test_mamba2.c: the tests of train_mamba2.c. `make test` runs them in float and in double.
+// test_mamba2.c: the tests of train_mamba2.c, and of train_mamba2.cu.
 //
-//     build/test_float             all tests; the exit status tells
-//     build/test_float ssd         those with "ssd" in their name
+//     make test              as C, in float and in double: build/test_float, build/test_double
+//     make test_mamba2cu     as CUDA, for a GPU; make test-emulate runs that on a CPU
+//     build/test_float       all tests; the exit status tells.  build/test_float ssd: those with
+//                            "ssd" in their name.  -v first: each measurement and its bound
 //
 // A test measures errors and holds each against a bound that is derived, not tuned: from epsilon
 // and the number of roundings, or 0 where the bits must be the same. Every comparison is written
 // `!(error <= bound)` or so that a NaN fails it.
 //
 // The double build (-DREAL=double) is where gradients are proven: by finite differences, to ten
-// digits. The same tests run in float, where they prove that float takes the same paths. What is
-// here runs on a device: ops and model. What only a host does, from matrix products to files, is
-// tested in dev/test/host.h.
+// digits. The same tests run in float, where they prove that float takes the same paths. The ops of
+// the device are then held against the CPU's in double (dev/test/device.h). What is not arithmetic,
+// from tokens to files, is tested in dev/test/host.h.
 
+#ifdef __cplusplus                      // as CUDA
+#define TESTING
+#include "train_mamba2.cu"
+#include <vector>
+using cpu::cpu_backend, cpu::flags_default, cpu::now, cpu::random_uniform, cpu::remove_tree,
+    cpu::run_main;
+#else
 #define NO_MAIN
 #include "train_mamba2.c"
+#endif
 
 // ================================================================================================
 // Measuring
 // ================================================================================================
 
-static const double EPS = sizeof(real) == 4 ? FLT_EPSILON : DBL_EPSILON;
-
 // The test that runs now: its worst error, as a part of its bound
 static struct { double error, bound; size_t checks, failed; } test;
+static int verbose;
 
 // One measurement. What is printed when it fails says where.
 PRINTF(3, 4) static void expect(double error, double bound, const char *format, ...) {
     double ratio = error == 0 ? 0 : error/bound;
     double worst = test.error == 0 ? 0 : test.error/test.bound;
     if (!test.checks++ || !(ratio <= worst)) test.error = error, test.bound = bound;
-    if (error <= bound || test.failed++ >= 5) return;
+    int good = error <= bound;
+    if (!good) test.failed++;
+    if (good ? !verbose : test.failed > 5) return;
     va_list args;
     va_start(args, format);
-    printf("      error %.2e, at most %.1e: ", error, bound);
+    printf("      error %.2e, at most %.1e%s: ", error, bound, good ? "" : ", WRONG");
     vprintf(format, args);
     printf("\n");
     va_end(args);
 }
 
 #define EXPECT(ok, ...) expect((ok) ? 0 : 1, 0, __VA_ARGS__)
+
+static uint64_t draws;                  // how many random numbers this test has had
+
+static double uniform(double low, double high) {
+    return low + (high - low)*random_uniform(1, 0, draws++);
+}
+
+static char scratch[PATH_MAX];          // a directory for the files of the tests
+
+#ifdef __cplusplus
+#include "dev/test/device.h"
+#else
+
+static const double EPS = sizeof(real) == 4 ? FLT_EPSILON : DBL_EPSILON;
 
 static double bytes_different(const void *a, const void *b, size_t size) {
     const char *x = (const char *)a, *y = (const char *)b;
@@ -67,25 +92,14 @@ static double error_of(const real *x, const double *ref, const double *sizes, si
     return most == 0 ? 0 : most/size;
 }
 
-static uint64_t draws;                  // how many random numbers this test has had
-
-static double uniform(double low, double high) {
-    return low + (high - low)*random_uniform(1, 0, draws++);
-}
-
-// The seam to a device: arrays of the ops under test come from here (where a GPU could reach them,
-// too), and after ops and before their results are read there is a finish().
-static real *buffer(size_t count) { return alloc_reals(count); }
-static void finish(void) {}
-
 static real *random_buffer(size_t count, double low, double high) {
-    real *x = buffer(count);
+    real *x = alloc_reals(count);
     for (size_t i = 0; i < count; i++) x[i] = (real)uniform(low, high);
     return x;
 }
 
 static real *copy_of(const real *x, size_t count) {
-    real *y = buffer(count);
+    real *y = alloc_reals(count);
     memcpy(y, x, count*sizeof(real));
     return y;
 }
@@ -199,7 +213,7 @@ static void embed_fwd(Op *o) { embed_forward(&o->d, o->out[0].x, o->ids, o->in[0
 static void embed_bwd(Op *o) { embed_backward(&o->d, o->in[0].g, o->out[0].g, o->ids); }
 
 static void rmsnorm_setup(Op *o) {
-    o->work[0] = buffer(o->d.n);
+    o->work[0] = alloc_reals(o->d.n);
     input(o, "resid", o->d.n*o->d.M, -1, 1, 1), input(o, "w", o->d.M, -1, 1, 1);
     output_arg(o, "u", o->d.n*o->d.M);
 }
@@ -307,7 +321,7 @@ static void ssd_setup(Op *o) {
     for (size_t h = 0; h < d->H; h++) o->in[2].x[h] = decay_A_log(h);
     output_arg(o, "y", d->n*d->E);
     if (o->variant & 1) input(o, "initial", states, -1, 1, 0), output_arg(o, "final", states);
-    for (int i = 0; i < 2; i++) o->work[i] = buffer(d->R*d->chunks*d->H*d->N*d->P);
+    for (int i = 0; i < 2; i++) o->work[i] = alloc_reals(d->R*d->chunks*d->H*d->N*d->P);
 }
 static void ssd_fwd(Op *o) {
     ssd_forward(&o->d, o->out[0].x, o->work[0], o->out[1].x, o->in[0].x, o->in[1].x, o->in[2].x,
@@ -323,7 +337,7 @@ static void gated_setup(Op *o) {
     const Dims *d = &o->d;
     input(o, "y", d->n*d->E, -1, 1, 0), zxBCdt_input(o, 2, 0, d->E), input(o, "w", d->E, -1, 1, 1);
     output_arg(o, "o", d->n*d->E);
-    o->work[0] = buffer(d->n*d->G);
+    o->work[0] = alloc_reals(d->n*d->G);
 }
 static void gated_formula(const Op *o, double *out) {
     size_t E = o->d.E, m = E/o->d.G;
@@ -361,7 +375,7 @@ static void swiglu_bwd(Op *o) { swiglu_backward(&o->d, o->in[0].g, o->out[0].g, 
 static void classifier_setup(Op *o) {
     const Dims *d = &o->d;
     o->ids = random_ids(d->n, d->V);
-    o->work[0] = buffer(d->slab*d->V);
+    o->work[0] = alloc_reals(d->slab*d->V);
     o->scale = (real)0.7;
     input(o, "hidden", d->n*d->M, -1, 1, 0), input(o, "weight", d->V*d->M, -1, 1, o->variant & 1);
     output_arg(o, "losses", d->n);
@@ -401,7 +415,7 @@ static const double stencil[4][2] = {
 
 static double op_loss(Op *o, void (*forward)(Op *), double *size) {
     double sum = 0, square = 0;
-    forward(o), finish();
+    forward(o);
     for (size_t k = 0; k < o->outs; k++)
         for (size_t i = 0; i < o->out[k].count; i++) {
             double term = (double)o->out[k].x[i]*(double)o->out[k].g[i];
@@ -469,11 +483,11 @@ static void check_op(void (*setup)(Op *), void (*formula)(const Op *, double *),
     real *before[IN], *g_out[OUT];
     Dims d = dims_of(shape);
     op_open(&o, setup, &d, variant);
-    forward(&o), finish();
+    forward(&o);
     if (formula) check_formula(&o, formula);
     for (size_t k = 0; k < o.ins; k++) before[k] = copy_of(o.in[k].g, o.in[k].count);
     for (size_t k = 0; k < o.outs; k++) g_out[k] = copy_of(o.out[k].g, o.out[k].count);
-    backward(&o), finish();
+    backward(&o);
     for (size_t k = 0; k < o.outs; k++) {                    // an op may use it as work space
         memcpy(o.out[k].g, g_out[k], o.out[k].count*sizeof(real));
         free(g_out[k]);
@@ -637,7 +651,7 @@ static void compare_ssd(const Op *o, const Ssd *ref, const Ssd *sizes, const cha
 static void run_ssd(Op *o) {
     memset(o->in[2].g, 0, o->d.H*sizeof(real));              // they are added to
     memset(o->in[3].g, 0, o->d.H*sizeof(real));
-    ssd_fwd(o), ssd_bwd(o), finish();
+    ssd_fwd(o), ssd_bwd(o);
 }
 
 static void test_ssd_forms(void) {
@@ -659,7 +673,7 @@ static void test_ssd_forms(void) {
                 compare_ssd(&o, &other, &sizes, "attention");
                 ssd_free(&other);
             }
-            real *y = buffer(d.n*d.E), *final = buffer(d.R*d.H*d.N*d.P);
+            real *y = alloc_reals(d.n*d.E), *final = alloc_reals(d.R*d.H*d.N*d.P);
             ssd_recurrence(&d, y, final, o.in[0].x, o.in[1].x, o.in[2].x, o.in[3].x, o.in[4].x,
                            o.doc);
             expect(error_of(y, ref.y, sizes.y, d.n*d.E), ssd_bound(&d), "ssd_recurrence, y: %s",
@@ -800,7 +814,7 @@ static void test_accumulation(void) {
 // ---- structure: what must not depend on what ----------------------------------------------------
 
 static real *logits_of(Model *m) {       // (n,V)
-    m->all_logits = buffer(m->d.n*m->d.V);
+    m->all_logits = alloc_reals(m->d.n*m->d.V);
     model_loss(m, 0);
     return m->all_logits;
 }
@@ -983,6 +997,7 @@ static void test_generation(void) {
 }
 
 #include "dev/test/host.h"
+#endif
 
 // ================================================================================================
 // The run of all tests
@@ -990,6 +1005,17 @@ static void test_generation(void) {
 
 typedef struct { const char *name; void (*run)(void); } Test;
 static const Test tests[] = {
+#ifdef __cplusplus
+    { "ssd in float", test_ssd_float },
+    { "ssd in bf16, any shape", test_ssd_bf16 },
+    { "ssd in bf16, the fast kernels", test_ssd_fast },
+    { "norms", test_all_norms },
+    { "conv1d", test_all_conv1d },
+    { "dt, swiglu", test_all_dt_and_mlp },
+    { "linear", test_all_linear },
+    { "embed, classifier", test_all_ends },
+    { "generation = parallel", test_all_steps },
+#else
     { "embed", test_embed },
     { "rmsnorm", test_rmsnorm },
     { "linear", test_linear },
@@ -1029,11 +1055,13 @@ static const Test tests[] = {
     { "half precision", test_half },
     { "json, byte tokenizer", test_json_and_tokenizer },
     { "model directory", test_model_files },
+#endif
 };
 
 int main(int argc, char **argv) {
     size_t passed = 0, failed = 0;
     (void)run_main, (void)cpu_backend;
+    if (argc > 1 && !strcmp(argv[1], "-v")) verbose = 1, argc--, argv++;
     const char *tmp = getenv("TMPDIR");
     snprintf(scratch, sizeof scratch, "%s/test_mamba2.XXXXXX", tmp ? tmp : "/tmp");
     CHECK(mkdtemp(scratch), "%s: could not create: %s", scratch, strerror(errno));

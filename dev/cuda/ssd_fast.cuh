@@ -201,7 +201,7 @@ ssd_walk_kernel(bf16 *y, bf16 *states, float *final, float *local, float *local_
         }
         cp_async_commit();
     };
-    if (!doc && me < FQ) sm.doc[0][me] = sm.doc[1][me] = 0;
+    if (!doc && threadIdx.x < FQ) sm.doc[0][me] = sm.doc[1][me] = 0;
     int doc_before = doc && begin > 0 ? doc[r * d.T + begin * FQ - 1] : 0;
 
     if (!SCAN || all_warp < 8) {                   // ---- state warps ----

@@ -337,12 +337,15 @@ static bool test_ldmatrix() {
             }
     return ok;
 }
-// Three groups of copies, waited for one by one; lanes from 24 on copy zeros.
+// Three groups of copies, waited for one by one, the last in pieces of 4 bytes; lanes from 24 on copy
+// zeros.
 __global__ void cp_async_kernel(uint4 *out, const uint4 *in) {
     __shared__ uint4 s[3][32];
     int l = threadIdx.x;
     for (int k = 0; k < 3; k++) {
-        cp_async<16>(&s[k][l], in + 32 * k + l, l < 24);
+        const unsigned *from = (const unsigned *)(in + 32 * k + l);
+        if (k < 2) cp_async<16>(&s[k][l], from, l < 24);
+        else for (int i = 0; i < 4; i++) cp_async<4>((unsigned *)&s[k][l] + i, from + i, l < 24);
         cp_async_commit();
     }
     cp_async_wait<2>();
@@ -365,6 +368,32 @@ static bool test_cp_async() {
         int from = i / 32 * 32 + 31 - i % 32;
         ok &= !memcmp(&v[i], from % 32 < 24 ? &in[from] : &zero, sizeof zero);
     }
+    return ok;
+}
+
+__global__ void pairs_kernel(uint32_t *product, float *power, const uint32_t *a, const uint32_t *b) {
+    int i = threadIdx.x;
+    product[i] = mul_bf16x2(a[i], b[i]);
+    power[i] = exp2_fast((float)i / 8 - 16);
+}
+static bool test_pairs_and_powers() {
+    std::vector<bf16> a = random_bf16(512), b = random_bf16(512);
+    a[0] = __float2bfloat16(-0.0f);
+    std::vector<uint32_t> x(256), y(256);
+    memcpy(x.data(), a.data(), 1024);
+    memcpy(y.data(), b.data(), 1024);
+    Device<uint32_t> dx(x), dy(y), product(256);
+    Device<float> power(256);
+    pairs_kernel<<<1, 256>>>(product.p, power.p, dx.p, dy.p);
+    bool ok = launched();
+    std::vector<uint32_t> got = product.host();
+    std::vector<float> powers = power.host();
+    for (int i = 0; i < 512; i++) {                 // rounded once
+        unsigned short want = nearest_bf16((float)a[i] * (float)b[i]);
+        ok &= (unsigned short)(got[i / 2] >> i % 2 * 16) == want;
+    }
+    for (int i = 0; i < 256; i++)
+        ok &= close_to(powers[i] / exp2((double)i / 8 - 16), 1, 3e-7);
     return ok;
 }
 
@@ -514,6 +543,10 @@ static bool run_matmul(const Case &c, void *A, void *B, void *D, int pitches[3])
     CHECK(cublasLtMatmulPreferenceCreate(&preference));
     CHECK(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                                                &room, sizeof room));
+    // not OUTPUT_TYPE: parts of a sum would be rounded to bf16 before they are added up
+    uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    CHECK(cublasLtMatmulPreferenceSetAttribute(
+        preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes, sizeof schemes));
     CHECK(cublasLtMatmulAlgoGetHeuristic(handle, desc, a, b, d, d, preference, 1, &result, &found));
     bool ok = found == 1 && result.workspaceSize <= room;
     Device<char> work(room);
@@ -600,7 +633,8 @@ int main() {
         {"barriers and shared memory", test_barriers}, {"numbered barriers", test_named_barriers},
         {"limits of shared memory", test_shared_limits}, {"atomics", test_atomics},
         {"intrinsics", test_intrinsics}, {"bf16", test_bf16}, {"mma", test_mma},
-        {"ldmatrix", test_ldmatrix}, {"cp.async", test_cp_async}, {"copies", test_copies},
+        {"ldmatrix", test_ldmatrix}, {"cp.async", test_cp_async},
+        {"pairs of bf16, exp2", test_pairs_and_powers}, {"copies", test_copies},
         {"offsets beyond 2^31", test_far_offsets}, {"streams and events", test_streams},
         {"graph", test_graph}, {"cudaLaunchKernelEx", test_launch_ex},
         {"cublasLtMatmul", test_cublas},

@@ -10,9 +10,10 @@ try() {
     else failed=$((failed + 1)); echo "FAIL $name: $*"; echo "$said" | tail -n 25; fi
 }
 for order in forward reverse random:1; do
-    EMU_ORDER=$order try "ops, $order" build/emu/test_ops quick
+    EMU_ORDER=$order try "ops, $order" build/emu/test_mamba2
 done
-try "ops under sanitizers" build/emu/test_ops-asan quick
+try "ops, address and undefined" build/emu/test_mamba2-asan
+try "ops, thread" build/emu/test_mamba2-tsan
 tiny="--d-model 32 --n-layer 2 --headdim 8 --d-state 12 --batch 2 --seq-len 45"
 quiet="--eval-every 0 --sample-every 0 --plot 0 --log-every 100"
 for more in "" "--packed --eot 10" "--ngroups 2 --d-conv 3 --tie 0" "--d-intermediate 24 --recompute"; do

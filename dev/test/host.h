@@ -105,7 +105,7 @@ static void test_matmul(void) {
             for (int t = 1; t <= 3; t++) {
                 real *C = copy_of(before, M*ldc);
                 omp_set_num_threads(t);
-                matmul(C, ldc, A.x, A.row, A.col, B.x, B.row, B.col, M, N, K, add), finish();
+                matmul(C, ldc, A.x, A.row, A.col, B.x, B.row, B.col, M, N, K, add);
                 expect(product_error(C, before, ldc, A, B, M, N, K, add), rounding(K + 2),
                        "%zu x %zu x %zu, kind %d, %d threads", M, N, K, kind, t);
                 expect(gaps_touched(C, before, ldc, M, N), 0, "beyond C, %zu x %zu x %zu", M, N, K);
@@ -116,7 +116,7 @@ static void test_matmul(void) {
                 size_t row = M/2, wrong = 0;
                 A.x[row*A.row + K/2*A.col] = NAN;
                 for (size_t i = 0; i < M*ldc; i++) before[i] = 1;
-                matmul(before, ldc, A.x, A.row, A.col, B.x, B.row, B.col, M, N, K, add), finish();
+                matmul(before, ldc, A.x, A.row, A.col, B.x, B.row, B.col, M, N, K, add);
                 for (size_t i = 0; i < M*N; i++)
                     wrong += (i/N == row) != !!isnan((double)before[i/N*ldc + i%N]);
                 expect((double)wrong, 0, "NaN in %zu x %zu x %zu, kind %d", M, N, K, kind);
@@ -365,8 +365,6 @@ static void test_outliers(void) {
 // ================================================================================================
 // Tokens
 // ================================================================================================
-
-static char scratch[PATH_MAX];          // a directory for the files of the tests
 
 // A shard of llm.c (version 1 or 7), or with version 0 the tokens as bytes of text
 static const char *write_tokens(const char *name, int version, const int *tokens, size_t count) {
