@@ -652,9 +652,9 @@ static void dt_backward(const Dims *d, real *g_zxBCdt, real *g_dt_bias, const re
     for (size_t b = 0; b < blocks; b++)
         for (size_t i = b*ROWS; i < d->n && i < (b + 1)*ROWS; i++)
             for (size_t h = 0; h < H; h++) {
-                real raw = zxBCdt[(i + 1)*d->Z - H + h] + dt_bias[h], v = softplus(raw);
-                real slope = raw > 20 ? 1 : (real)(1/(1 + exp(-(double)raw)));
-                real g = v < lo || v > hi ? 0 : g_dt[i*H + h]*slope;
+                real raw = zxBCdt[(i + 1)*d->Z - H + h] + dt_bias[h], g = g_dt[i*H + h];
+                real v = lo > 0 || hi < INFINITY ? softplus(raw) : lo;
+                g = v < lo || v > hi ? 0 : raw > 20 ? g : g*(real)(1/(1 + exp(-(double)raw)));
                 g_zxBCdt[(i + 1)*d->Z - H + h] = g;
                 parts[b*H + h] += g;
             }
