@@ -17,7 +17,10 @@ OPT      ?= -O3
 NVCC     ?= $(firstword $(wildcard $(or $(CUDA_HOME),/usr/local/cuda)/bin/nvcc) \
                         $(shell command -v nvcc))
 # No -ffast-math: it would hide NaN. Fused multiply-add is named, so that all builds have it.
-FLOAT    := -ffp-contract=fast -fno-math-errno -march=$(MARCH) $(if $(NO_OMP),-fopenmp-simd,-fopenmp)
+# Where there are vectors of 512 bits they are used in full (x86; other compilers refuse the flag).
+WIDE     := -mprefer-vector-width=512
+FLOAT    := -ffp-contract=fast -fno-math-errno -march=$(MARCH) $(if $(NO_OMP),-fopenmp-simd,-fopenmp) \
+            $(shell $(CC) $(WIDE) -E -x c /dev/null >/dev/null 2>&1 && echo $(WIDE))
 C11       = $(CC) -std=gnu11 $(OPT) $(FLOAT) -Wall -Wextra -Wno-pass-failed $(CFLAGS)
 LIBS     := -lz -lm
 SOURCES  := train_mamba2.c $(wildcard dev/lib/*.h)
