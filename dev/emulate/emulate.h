@@ -42,13 +42,11 @@
 #endif
 #if defined(__SANITIZE_THREAD__) || __has_feature(thread_sanitizer)
 #define EMU_TSAN 1
-#define EMU_ATOMIC __ATOMIC_ACQ_REL     // it knows no fences: atomics must order by themselves
 #include <sanitizer/tsan_interface.h>
 extern "C" void AnnotateIgnoreWritesBegin(const char *, int);
 extern "C" void AnnotateIgnoreWritesEnd(const char *, int);
 #else
 #define EMU_TSAN 0
-#define EMU_ATOMIC __ATOMIC_RELAXED
 #define __tsan_acquire(p) ((void)(p))
 #define __tsan_release(p) ((void)(p))
 #define __tsan_create_fiber(flags) nullptr
@@ -71,36 +69,27 @@ extern "C" void AnnotateIgnoreWritesEnd(const char *, int);
 #define __global__
 #define __device__
 #define __host__
-#define __constant__
-#define __grid_constant__
 #define __launch_bounds__(...)
 #define __forceinline__ inline
 #define __align__(n) __attribute__((aligned(n)))    // __shared__ is rewritten by launch.pl
 
 #define EMU_VECTOR(T, N)                                                                     \
-    struct N##1 { T x; };                                                                    \
-    struct alignas(2 * sizeof(T)) N##2 { T x, y; };                                          \
+    struct alignas(8) N##2 { T x, y; };                                                      \
     struct N##3 { T x, y, z; };                                                              \
-    struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) N##4 { T x, y, z, w; };               \
+    struct alignas(16) N##4 { T x, y, z, w; };                                               \
     inline N##2 make_##N##2(T x, T y) { return {x, y}; }                                     \
-    inline N##3 make_##N##3(T x, T y, T z) { return {x, y, z}; }                             \
     inline N##4 make_##N##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 EMU_VECTOR(float, float)
-EMU_VECTOR(double, double)
 EMU_VECTOR(int, int)
 EMU_VECTOR(unsigned, uint)
-EMU_VECTOR(unsigned char, uchar)
-EMU_VECTOR(unsigned short, ushort)
-EMU_VECTOR(long long, longlong)
 
 struct dim3 {
     unsigned x, y, z;
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
     constexpr dim3(uint3 v) : x(v.x), y(v.y), z(v.z) {}
 };
-inline thread_local constinit uint3 threadIdx{}, blockIdx{};
-inline thread_local constinit dim3 blockDim{}, gridDim{};
-constexpr int warpSize = 32;
+inline uint3 threadIdx{}, blockIdx{};
+inline dim3 blockDim{}, gridDim{};
 
 #define EMU_CUDA_ERRORS(X)                                                                   \
     X(cudaSuccess, 0, "no error")                                                            \
@@ -200,7 +189,6 @@ struct Thread {
     const char *what, *file;            // what it waits for and where
     int line, barrier;                  // barrier: its number, -1 otherwise
     unsigned mask;                      // the lanes it waits for in a warp call
-    unsigned turns[MAX_BARRIERS];       // of each barrier, the turn that it came to last
     void *fake, *tsan[SETS];            // address, thread sanitizer: its fake stack, its fibers
     AsyncCopy *copies;
     int copies_n, copies_room, group;   // group: that of the next cp.async
@@ -213,8 +201,14 @@ struct Meeting {                        // lanes of a warp that are arriving at 
     int line;
     void *slot[32];                     // each lane's arguments and place for its result
 };
+struct Arrival {                        // of a warp at a barrier: which lanes, in which turn of it
+    unsigned turn, lanes;
+    const char *file;
+    int line;
+};
 struct Warp {
     uint32_t live, ready;               // live: not ended; ready: not waiting either
+    Arrival arrivals[MAX_BARRIERS];
     int meetings_n;
     Meeting meetings[32];
 };
@@ -243,7 +237,7 @@ struct Block {
     size_t stack_size;
     char order_start, order_end;        // happens-before marks: launch to threads, threads to end
 };
-inline thread_local constinit Block *block = nullptr;
+inline Block *block = nullptr;
 inline cudaError_t last_error = cudaSuccess;
 
 // ---- faults -------------------------------------------------------------------------------------
@@ -369,31 +363,42 @@ EMU_ENGINE void warp_call(const char *what, unsigned mask, void *slot, WarpCall 
 // ---- barriers -----------------------------------------------------------------------------------
 EMU_ENGINE void open(Barrier &r) {      // all who wait at r go on
     Block *b = block;
+    int id = (int)(&r - b->barriers);
+    for (Warp *w = b->warps; w < b->warps + b->warps_n; w++) {
+        Arrival &a = w->arrivals[id];
+        if (a.turn == r.turn + 1 && w->live & ~a.lanes)
+            EMU_FAULT("divergent barrier: barrier %d at %s:%d opens without all lanes of a warp", id,
+                      a.file, a.line);
+    }
     r.arrived = 0;
     r.turn++;
     for (Thread *t = b->threads; t < b->threads + b->threads_n; t++)
-        if (t->barrier == &r - b->barriers) {
+        if (t->barrier == id) {
             t->barrier = -1;
             b->warps[t->warp].ready |= 1u << t->lane;
         }
 }
 enum Part { SYNC, ARRIVE };
 // Barrier `id` opens when `expected` threads (0: all that have not ended) have come. __syncthreads
-// is barrier 0, for which all must be at the same line; PTX's numbered barriers have no such rule.
+// is barrier 0, for which all must be at the same line. At PTX's numbered barriers warps may meet at
+// different lines, but not the lanes of a warp: they come together, as the hardware counts warps.
 EMU_ENGINE void barrier(const char *what, int id, int expected, Part part, EMU_HERE) {
     Thread *me = current(what);
     if (id < 0 || id >= MAX_BARRIERS || expected % 32)
         EMU_FAULT("%s at %s:%d: barrier %d, %d threads: not 0 to 15, or not a multiple of 32", what,
                   file, line, id, expected);
     Barrier &r = block->barriers[id];
-    bool other_line = r.arrived && !expected && (r.line != line || strcmp(r.file, file));
-    if (r.arrived && (r.expected != expected || other_line))
+    Arrival &a = block->warps[me->warp].arrivals[id];
+    if (a.turn != r.turn + 1) a = {r.turn + 1, 0, file, line};
+    bool elsewhere = a.line != line || strcmp(a.file, file);
+    if (r.arrived && !expected) elsewhere |= r.line != line || strcmp(r.file, file);
+    if (elsewhere || (r.arrived && r.expected != expected))
         EMU_FAULT("divergent barrier: %s at %s:%d while others are at the same one at %s:%d", what,
                   file, line, r.file, r.line);
-    if (me->turns[id] == r.turn + 1)
+    if (a.lanes >> me->lane & 1)
         EMU_FAULT("%s at %s:%d: the thread comes twice before barrier %d opens", what, file, line,
                   id);
-    me->turns[id] = r.turn + 1;
+    a.lanes |= 1u << me->lane;
     r.file = file, r.line = line, r.expected = expected;
     r.arrived++;
     char *order = &r.order[r.turn % 2];
@@ -494,7 +499,6 @@ EMU_ENGINE void make_thread(Block *b, int i, dim3 dim) {
     t->lane = i % 32, t->warp = i / 32;
     t->done = false, t->what = nullptr, t->barrier = -1, t->fake = nullptr;
     t->copies_n = t->group = 0;
-    memset(t->turns, 0, sizeof t->turns);
     int set = b->serial % SETS;
     t->stack = b->stacks + (size_t)(set * MAX_THREADS + i) * STACK;
     __asan_unpoison_memory_region(t->stack + STACK - 65536, 65536);     // what an ended thread left
@@ -528,7 +532,6 @@ EMU_ENGINE void run_block(Block *b, dim3 dim, uint3 index, size_t dynamic_size) 
     b->serial++;
     b->threads_n = b->live = n;
     b->warps_n = (n + 31) / 32;
-    b->failed = false;
     b->static_size = 0, b->dynamic_size = dynamic_size;
     b->tsan = __tsan_get_current_fiber();
     memset(b->barriers, 0, sizeof b->barriers);
@@ -538,6 +541,7 @@ EMU_ENGINE void run_block(Block *b, dim3 dim, uint3 index, size_t dynamic_size) 
         int left = n - w * 32;
         b->warps[w].live = b->warps[w].ready = left >= 32 ? ~0u : (1u << left) - 1;
         b->warps[w].meetings_n = 0;
+        memset(b->warps[w].arrivals, 0, sizeof b->warps[w].arrivals);
     }
     while (b->live && !b->failed) {     // each warp runs until none of its lanes can go on
         bool ran = false;
@@ -552,34 +556,23 @@ EMU_ENGINE void run_block(Block *b, dim3 dim, uint3 index, size_t dynamic_size) 
         if (!ran) deadlock(b);
     }
 }
-// Runs the blocks of a grid in turn or, with -DEMU_PARALLEL_BLOCKS -fopenmp, on several OS threads.
+// Runs the blocks of a grid in turn.
 EMU_ENGINE void run_grid(Kernel *kernel, dim3 grid, dim3 dim, size_t dynamic_size,
                          void (*body)(void *), void *args) {
+    static Block *b = make_block();
     long long xy = (long long)grid.x * grid.y, total = xy * grid.z;
-    bool failed = false;
-#ifdef EMU_PARALLEL_BLOCKS
-    #pragma omp parallel if (total > 1)
-#endif
-    {
-        static thread_local Block *mine = make_block();
-        Block *b = block = mine;
-        b->kernel = kernel;
-        b->body = body, b->args = args;
-        gridDim = grid, blockDim = dim;
-        __tsan_release(&b->order_start);
-#ifdef EMU_PARALLEL_BLOCKS
-        #pragma omp for schedule(dynamic, 1)
-#endif
-        for (long long k = 0; k < total; k++) {
-            if (failed) continue;
-            long long i = settings.order == REVERSE ? total - 1 - k : k;
-            unsigned x = i % grid.x, y = i / grid.x % grid.y, z = i / xy;
-            run_block(b, dim, {x, y, z}, dynamic_size);
-            if (b->failed) failed = true;
-        }
-        __tsan_acquire(&b->order_end);
-        block = nullptr;
+    block = b;
+    b->kernel = kernel, b->body = body, b->args = args;
+    gridDim = grid, blockDim = dim;
+    __tsan_release(&b->order_start);
+    b->failed = false;
+    for (long long k = 0; k < total && !b->failed; k++) {
+        long long i = settings.order == REVERSE ? total - 1 - k : k;
+        unsigned x = (unsigned)(i % grid.x), y = (unsigned)(i / grid.x % grid.y);
+        run_block(b, dim, {x, y, (unsigned)(i / xy)}, dynamic_size);
     }
+    __tsan_acquire(&b->order_end);
+    block = nullptr;
 }
 
 }  // namespace emu
@@ -616,35 +609,21 @@ EMU_ENGINE void vote_all(void **slots, unsigned lanes) {
     for (int l = 0; l < 32; l++) if (lanes >> l & 1 && ((Vote *)slots[l])->yes) ballot |= 1u << l;
     for (int l = 0; l < 32; l++) if (lanes >> l & 1) ((Vote *)slots[l])->result = ballot;
 }
-EMU_ENGINE unsigned vote(const char *what, unsigned mask, int yes, EMU_HERE) {
-    Vote v{yes, 0};
-    warp_call(what, mask, &v, vote_all, file, line);
-    return v.result;
-}
-inline int lane() { return current("a warp call")->lane; }
 }  // namespace emu
 constexpr unsigned EMU_ALL = 0xffffffff;
-template<class T> T __shfl_sync(unsigned mask, T v, int source, int width = 32, EMU_HERE) {
-    int base = emu::lane() & ~(width - 1);
-    return emu::shuffle("__shfl_sync", mask, v, base | (source & (width - 1)), width, file, line);
-}
-template<class T> T __shfl_up_sync(unsigned mask, T v, unsigned by, int width = 32, EMU_HERE) {
-    return emu::shuffle("__shfl_up_sync", mask, v, emu::lane() - (int)by, width, file, line);
-}
-template<class T> T __shfl_down_sync(unsigned mask, T v, unsigned by, int width = 32, EMU_HERE) {
-    return emu::shuffle("__shfl_down_sync", mask, v, emu::lane() + (int)by, width, file, line);
-}
-template<class T> T __shfl_xor_sync(unsigned mask, T v, int with, int width = 32, EMU_HERE) {
-    return emu::shuffle("__shfl_xor_sync", mask, v, emu::lane() ^ with, width, file, line);
-}
+#define EMU_SHUFFLE(name, by, source)                                                        \
+    template<class T> T name(unsigned mask, T v, int by, int width = 32, EMU_HERE) {         \
+        int lane = emu::current(#name)->lane;                                                \
+        return emu::shuffle(#name, mask, v, source, width, file, line);                      \
+    }
+EMU_SHUFFLE(__shfl_sync, from, (lane & ~(width - 1)) | (from & (width - 1)))
+EMU_SHUFFLE(__shfl_up_sync, by, lane - by)
+EMU_SHUFFLE(__shfl_down_sync, by, lane + by)
+EMU_SHUFFLE(__shfl_xor_sync, with, lane ^ with)
 inline unsigned __ballot_sync(unsigned mask, int yes, EMU_HERE) {
-    return emu::vote("__ballot_sync", mask, yes, file, line);
-}
-inline int __any_sync(unsigned mask, int yes, EMU_HERE) {
-    return emu::vote("__any_sync", mask, yes, file, line) != 0;
-}
-inline int __all_sync(unsigned mask, int yes, EMU_HERE) {
-    return emu::vote("__all_sync", mask, !yes, file, line) == 0;
+    emu::Vote v{yes, 0};
+    emu::warp_call("__ballot_sync", mask, &v, emu::vote_all, file, line);
+    return v.result;
 }
 inline void __syncwarp(unsigned mask = EMU_ALL, EMU_HERE) {
     void *order = &emu::block->warps[emu::current("__syncwarp")->warp];
@@ -652,11 +631,7 @@ inline void __syncwarp(unsigned mask = EMU_ALL, EMU_HERE) {
     emu::warp_call("__syncwarp", mask, nullptr, nullptr, file, line);
     __tsan_acquire(order);
 }
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-inline void __threadfence_block() { __threadfence(); }
-inline void __trap() { EMU_FAULT("__trap()"); }
 
-// ---- atomics: real ones, as blocks may run on several OS threads --------------------------------
 namespace emu {
 template<class To, class From> To bits(From v) {
     static_assert(sizeof(To) == sizeof(From));
@@ -664,41 +639,9 @@ template<class To, class From> To bits(From v) {
     memcpy((void *)&to, &v, sizeof to);
     return to;
 }
-template<class T, class F> T atomic_update(T *p, F f) {
-    using U = std::conditional_t<sizeof(T) == 2, uint16_t,
-                                 std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
-    U before = __atomic_load_n((U *)p, __ATOMIC_RELAXED), after;
-    T old;
-    do {
-        old = bits<T>(before);
-        after = bits<U>(f(old));
-    } while (!__atomic_compare_exchange_n((U *)p, &before, after, false, EMU_ATOMIC,
-                                          __ATOMIC_RELAXED));
-    return old;
-}
 }  // namespace emu
-#define EMU_ATOMIC_OP(name, next)                                                            \
-    template<class T> T name(T *p, std::type_identity_t<T> v) {                              \
-        return emu::atomic_update(p, [=](T old) { return T(next); });                        \
-    }
-EMU_ATOMIC_OP(atomicAdd, old + v)
-EMU_ATOMIC_OP(atomicSub, old - v)
-EMU_ATOMIC_OP(atomicMax, old > v ? old : v)
-EMU_ATOMIC_OP(atomicMin, old < v ? old : v)
-EMU_ATOMIC_OP(atomicAnd, old & v)
-EMU_ATOMIC_OP(atomicOr, old | v)
-EMU_ATOMIC_OP(atomicXor, old ^ v)
-EMU_ATOMIC_OP(atomicExch, ((void)old, v))
-template<class T> T atomicCAS(T *p, std::type_identity_t<T> expected, std::type_identity_t<T> v) {
-    return emu::atomic_update(p, [=](T old) { return old == expected ? v : old; });
-}
 
 // ---- intrinsics ---------------------------------------------------------------------------------
-template<class T> T __ldg(const T *p) { return *p; }
-template<class T> T __ldcs(const T *p) { return *p; }
-template<class T> T __ldcg(const T *p) { return *p; }
-template<class T> void __stcs(T *p, std::type_identity_t<T> v) { *p = v; }
-template<class T> void __stcg(T *p, std::type_identity_t<T> v) { *p = v; }
 template<class A, class B> constexpr std::common_type_t<A, B> min(A a, B b) {
     std::common_type_t<A, B> x = a, y = b;
     return y < x ? y : x;
@@ -707,28 +650,7 @@ template<class A, class B> constexpr std::common_type_t<A, B> max(A a, B b) {
     std::common_type_t<A, B> x = a, y = b;
     return x < y ? y : x;
 }
-#define __expf(x) expf(x)               // macros: the C library declares functions of these names
-#define __logf(x) logf(x)
-#define __sinf(x) sinf(x)
-#define __cosf(x) cosf(x)
-#define __powf(x, y) powf(x, y)
-#define rsqrtf(x) (1.0f / sqrtf(x))
 inline float __fdividef(float a, float b) { return a / b; }
-inline float __frcp_rn(float a) { return 1 / a; }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
-inline float __saturatef(float x) { return x < 0 ? 0 : x > 1 ? 1 : x; }
-inline int __float_as_int(float f) { return emu::bits<int>(f); }
-inline unsigned __float_as_uint(float f) { return emu::bits<unsigned>(f); }
-inline float __int_as_float(int i) { return emu::bits<float>(i); }
 inline float __uint_as_float(unsigned u) { return emu::bits<float>(u); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned __float_as_uint(float f) { return emu::bits<unsigned>(f); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
-inline unsigned __brev(unsigned x) {
-    unsigned r = 0;
-    for (int i = 0; i < 32; i++) r |= (x >> i & 1) << (31 - i);
-    return r;
-}
-inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }

@@ -74,6 +74,19 @@ __global__ void short_count_kernel(int *o) {        // 64 wait, 32 arrive: one w
 }
 static void short_count() { short_count_kernel<<<1, 96>>>(ints); }
 
+__global__ void half_warps_kernel(int *o) {         // warps may meet at different lines, lanes not
+    if (threadIdx.x % 32 < 16) barrier_wait(1, 64);
+    else barrier_wait(1, 64);
+    o[threadIdx.x] = 1;
+}
+static void half_warps() { half_warps_kernel<<<1, 64>>>(ints); }
+
+__global__ void few_lanes_kernel(int *o) {          // 32 threads, but of two warps
+    if (threadIdx.x % 32 < 16) barrier_wait(1, 32);
+    o[threadIdx.x] = 1;
+}
+static void few_lanes() { few_lanes_kernel<<<1, 64>>>(ints); }
+
 __global__ void counts_differ_kernel(int *o) {
     if (threadIdx.x < 32) barrier_arrive(1, 64);
     else barrier_wait(1, 96);
@@ -241,10 +254,6 @@ static void too_long() {
     int host[65] = {};
     cudaMemcpy(ints, host, sizeof host, cudaMemcpyHostToDevice);
 }
-static void past_row() {
-    float host[64] = {};
-    cudaMemcpy2D(ints, 32, host, 16, 20, 4, cudaMemcpyHostToDevice);
-}
 static void not_waited_for() {
     emu::settings.late = true;
     cudaMemset(floats, 0x3f, 64 * sizeof(float));
@@ -284,22 +293,23 @@ static void capture_missed() {
 
 // ---- cuBLASLt -----------------------------------------------------------------------------------
 static cublasStatus_t product(cudaDataType in, cudaDataType out, int pitch, size_t offset,
-                              size_t room) {
+                              size_t room, float beta = 0) {
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t x, d;
     cublasLtMatmulAlgo_t algo = {{emu::WORKSPACE}};
-    float one = 1, zero = 0;
+    float one = 1;
     char *p;
     cudaMalloc(&p, 1 << 20);
     cublasLtMatmulDescCreate(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F);
     cublasLtMatrixLayoutCreate(&x, in, 8, 8, pitch);
     cublasLtMatrixLayoutCreate(&d, out, 8, 8, 8);
-    return cublasLtMatmul(nullptr, desc, &one, p + offset, x, p, x, &zero, p + 4096, d, p + 4096, d,
+    return cublasLtMatmul(nullptr, desc, &one, p + offset, x, p, x, &beta, p + 4096, d, p + 4096, d,
                           &algo, p + 8192, room, stream);
 }
 static void odd_pitch() { see(product(CUDA_R_16BF, CUDA_R_32F, 9, 0, emu::WORKSPACE)); }
 static void odd_pointer() { see(product(CUDA_R_16BF, CUDA_R_32F, 8, 2, emu::WORKSPACE)); }
 static void odd_types() { see(product(CUDA_R_32F, CUDA_R_16BF, 8, 0, emu::WORKSPACE)); }
+static void sum_in_bf16() { see(product(CUDA_R_16BF, CUDA_R_16BF, 8, 0, emu::WORKSPACE, 1)); }
 static void no_workspace() { see(product(CUDA_R_16BF, CUDA_R_32F, 8, 0, 1000)); }
 
 static void nothing() {                             // the control: no build may report it
@@ -318,6 +328,8 @@ int main(int argc, char **argv) {
         {"needs all 32 lanes", "mma with half a warp", half_warp_mma},
         {"deadlock:", "numbered barrier that a warp never reaches", short_count},
         {"divergent barrier", "numbered barrier with two counts", counts_differ},
+        {"divergent barrier", "lanes of a warp at one numbered barrier at two lines", half_warps},
+        {"without all lanes of a warp", "numbered barrier with half of two warps", few_lanes},
         {"comes twice", "thread that arrives twice at a numbered barrier", arrives_twice},
         {"AddressSanitizer", "past the end of device memory", past_global},
         {"AddressSanitizer", "past the end of static shared memory", past_static},
@@ -345,7 +357,6 @@ int main(int argc, char **argv) {
         {"more than 49152", "static and dynamic shared memory too large together", both},
         {"cudaMemcpy: the target is not", "copy of the wrong kind", wrong_kind},
         {"cudaMemcpy: the target is not", "copy too long", too_long},
-        {"wider than their pitch", "copy of rows wider than their pitch", past_row},
         {"WRONG", "copy not waited for", not_waited_for},
         {"WRONG", "pinned buffer used again too early", used_again},
         {"WRONG", "no event between two streams", no_event},
@@ -355,6 +366,7 @@ int main(int argc, char **argv) {
         {"pitch that is not a multiple", "cuBLAS with a pitch of 18 bytes", odd_pitch},
         {"pointer not aligned", "cuBLAS with a pointer at 2 bytes", odd_pointer},
         {"types other than", "cuBLAS with types that it has no kernel for", odd_types},
+        {"a sum in bf16", "cuBLAS adding to a bf16 matrix", sum_in_bf16},
         {"less workspace than", "cuBLAS with too little workspace", no_workspace},
     };
     int n = sizeof faults / sizeof *faults, i = argc > 1 ? atoi(argv[1]) : -1;

@@ -52,7 +52,7 @@ sub shared {                            # one reference for each name that is de
     return join ' ', map {
         my ($name, $size) = /^\s*(\w+)\s*(.*?)\s*$/s;
         my $reference = $size eq '' ? "$type &$name" : "$type (&$name)$size";
-        "static thread_local constinit emu::Shared<$type$size> ${name}_shared{}; "
+        "static constinit emu::Shared<$type$size> ${name}_shared{}; "
             . "$reference = ${name}_shared.get();";
     } split /,(?![^\[]*\])/, $names;
 }

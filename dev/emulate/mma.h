@@ -64,8 +64,8 @@ EMU_ENGINE void count_conflicts(LoadMatrix **slots) {
             }
             turns = std::max(turns, different);
         }
-        __atomic_fetch_add(&k->wavefronts, 1ull, __ATOMIC_RELAXED);
-        __atomic_fetch_add(&k->conflicts, turns - 1ull, __ATOMIC_RELAXED);
+        k->wavefronts++;
+        k->conflicts += (unsigned)turns - 1;
     }
 }
 EMU_ENGINE void ldmatrix_all(void **slots, unsigned lanes) {
@@ -132,6 +132,10 @@ inline void barrier_arrive(int id, int n, EMU_HERE) {
 }
 inline float exp2_fast(float x) { return exp2f(x); }
 inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
-    return emu::bits<uint32_t>(emu::bits<__nv_bfloat162>(a) * emu::bits<__nv_bfloat162>(b));
+    auto product = [=](int half) {
+        auto of = [=](uint32_t pair) { return emu::from_bf16((uint16_t)(pair >> half)); };
+        return (uint32_t)emu::to_bf16(of(a) * of(b));
+    };
+    return product(0) | product(16) << 16;
 }
 inline int opaque(int x) { return x; }

@@ -17,15 +17,8 @@ typedef CUstream_st *cudaStream_t;
 
 // ---- complaints ---------------------------------------------------------------------------------
 inline cudaError_t cudaGetLastError() { return std::exchange(emu::last_error, cudaSuccess); }
-inline cudaError_t cudaPeekAtLastError() { return emu::last_error; }
 inline const char *cudaGetErrorString(cudaError_t e) {
 #define X(name, value, text) if (e == name) return text;
-    EMU_CUDA_ERRORS(X)
-#undef X
-    return "unrecognized error code";
-}
-inline const char *cudaGetErrorName(cudaError_t e) {
-#define X(name, value, text) if (e == name) return #name;
     EMU_CUDA_ERRORS(X)
 #undef X
     return "unrecognized error code";
@@ -119,7 +112,7 @@ struct CUstream_st {
 struct CUevent_st {                     // all that its stream was given before `number`
     cudaStream_t stream;
     uint64_t number = 0;
-    CUgraph_st *capture = nullptr;
+    bool stamped = false;
     std::chrono::steady_clock::time_point time;
 };
 typedef CUgraph_st *cudaGraph_t;
@@ -189,9 +182,6 @@ inline cudaError_t cudaDeviceSynchronize() {
     emu::finish_all();
     return emu::last_error;
 }
-inline cudaError_t cudaLaunchHostFunc(cudaStream_t s, void (*f)(void *), void *arg) {
-    return emu::enqueue(s, [=] { f(arg); });
-}
 
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) {
     *e = new CUevent_st{};
@@ -205,9 +195,12 @@ inline cudaError_t cudaEventDestroy(cudaEvent_t e) {
 }
 inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t stream = nullptr) {
     e->stream = emu::stream_of(stream);
-    e->capture = e->stream->capture;
-    if (e->capture) return cudaSuccess;
-    cudaError_t error = emu::enqueue(stream, [=] { e->time = std::chrono::steady_clock::now(); });
+    e->stamped = false;
+    if (e->stream->capture) return cudaSuccess;
+    cudaError_t error = emu::enqueue(stream, [=] {
+        e->time = std::chrono::steady_clock::now();
+        e->stamped = true;
+    });
     e->number = emu::issued + 1;
     return error;
 }
@@ -216,21 +209,13 @@ inline cudaError_t cudaEventSynchronize(cudaEvent_t e) {
     if (e->number) emu::finish(e->stream, e->number);
     return emu::last_error;
 }
-inline cudaError_t cudaEventQuery(cudaEvent_t e) {      // some progress, or polling would not end
-    auto waiting = [=] {
-        return e->number && emu::streams.count(e->stream) && !e->stream->queue.empty()
-            && e->stream->queue.front().number < e->number;
-    };
-    if (waiting()) emu::finish(e->stream, e->stream->queue.front().number + 1);
-    return waiting() ? cudaErrorNotReady : emu::last_error;
-}
 inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
-    if (cudaEventQuery(from) || cudaEventQuery(to)) return cudaErrorNotReady;
+    for (cudaEvent_t e : {from, to})    // what has not been waited for has not been stamped
+        if (!e->stamped) return cudaErrorNotReady;
     *ms = std::chrono::duration<float, std::milli>(to->time - from->time).count();
     return cudaSuccess;
 }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned = 0) {
-    if (e->capture) { emu::stream_of(s)->capture = e->capture; return cudaSuccess; }    // joins it
     if (!e->number) return cudaSuccess;
     cudaStream_t awaited = e->stream;
     uint64_t number = e->number;
@@ -249,7 +234,7 @@ inline cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode)
 inline cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *graph) {
     cudaGraph_t g = *graph = s->capture;
     if (!g) return emu::wrong(cudaErrorInvalidValue, "cudaStreamEndCapture", "no capture");
-    for (cudaStream_t t : emu::streams) if (t->capture == g) t->capture = nullptr;
+    s->capture = nullptr;
     emu::captures--;
     return cudaSuccess;
 }
@@ -298,17 +283,12 @@ inline cudaError_t cudaMemGetInfo(size_t *left, size_t *total) {
     *left = *total - emu::device_used;
     return cudaSuccess;
 }
-enum { cudaHostAllocDefault = 0, cudaHostAllocPortable = 1, cudaHostAllocWriteCombined = 4 };
-inline cudaError_t cudaHostAlloc(void **p, size_t n, unsigned) {
-    *p = emu::allocate(n ? n : 1);
+template<class T> cudaError_t cudaMallocHost(T **p, size_t n) {
+    *p = (T *)emu::allocate(n ? n : 1);
     if (!*p) return cudaErrorMemoryAllocation;
     emu::pinned_memory[(char *)*p] = {n, 0};
     return cudaSuccess;
 }
-template<class T> cudaError_t cudaHostAlloc(T **p, size_t n, unsigned flags) {
-    return cudaHostAlloc((void **)p, n, flags);
-}
-template<class T> cudaError_t cudaMallocHost(T **p, size_t n) { return cudaHostAlloc(p, n, 0); }
 inline cudaError_t cudaFreeHost(void *p) {
     emu::finish_all();
     if (p && !emu::pinned_memory.erase((char *)p))
@@ -319,71 +299,42 @@ inline cudaError_t cudaFreeHost(void *p) {
 
 // ---- copying and filling ------------------------------------------------------------------------
 enum cudaMemcpyKind {
-    cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice,
-    cudaMemcpyDefault
+    cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice
 };
 namespace emu {
-struct Rows { size_t pitch_to, pitch_from, width, height; };
-inline const char *why_not(const void *to, const void *from, Rows r, cudaMemcpyKind kind) {
-    bool both = kind == cudaMemcpyDeviceToDevice;
-    bool to_device = both || kind == cudaMemcpyHostToDevice;
-    bool from_device = both || kind == cudaMemcpyDeviceToHost;
-    if (kind == cudaMemcpyDefault) {
-        to_device = touches_device(to);
-        from_device = touches_device(from);
-    }
-    if (r.width > r.pitch_to || r.width > r.pitch_from) return "rows are wider than their pitch";
-    size_t size_to = r.pitch_to * (r.height - 1) + r.width;
-    size_t size_from = r.pitch_from * (r.height - 1) + r.width;
-    if (to_device ? !on_device(to, size_to) : touches_device(to))
+inline const char *why_not(const void *to, const void *from, size_t n, cudaMemcpyKind kind) {
+    bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+    bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+    if (to_device ? !on_device(to, n) : touches_device(to))
         return "the target is not memory of that kind, or too small";
-    if (from_device ? !on_device(from, size_from) : touches_device(from))
+    if (from_device ? !on_device(from, n) : touches_device(from))
         return "the source is not memory of that kind, or too small";
     return nullptr;
 }
-inline void copy_rows(void *to, const void *from, Rows r) {
+inline void copy_now(void *to, const void *from, size_t n) {
     DeviceOpen open;
-    for (size_t i = 0; i < r.height; i++)
-        memmove((char *)to + i * r.pitch_to, (const char *)from + i * r.pitch_from, r.width);
-}
-// As on a GPU, pageable memory is read before the call returns, and written before it returns.
-inline cudaError_t copy(const char *call, void *to, const void *from, Rows r, cudaMemcpyKind kind,
-                        cudaStream_t stream) {
-    if (!r.width || !r.height) return cudaSuccess;
-    const char *why = why_not(to, from, r, kind);
-    if (why) return wrong(cudaErrorInvalidValue, call, why);
-    bool captured = stream_of(stream)->capture;
-    if (!captured && !touches_device(from) && !is_pinned(from)) {
-        auto staged = std::make_shared<std::vector<char>>(r.width * r.height);
-        Rows in = {r.width, r.pitch_from, r.width, r.height};
-        Rows out = {r.pitch_to, r.width, r.width, r.height};
-        copy_rows(staged->data(), from, in);
-        return enqueue(stream, [=] { copy_rows(to, staged->data(), out); });
-    }
-    cudaError_t e = enqueue(stream, [=] { copy_rows(to, from, r); });
-    if (!captured && !touches_device(to) && !is_pinned(to)) finish(stream_of(stream));
-    return e;
+    memmove(to, from, n);
 }
 }  // namespace emu
+// As on a GPU, pageable memory is read before the call returns, and written before it returns.
 inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind kind,
                                    cudaStream_t stream = nullptr) {
-    return emu::copy("cudaMemcpyAsync", to, from, {n, n, n, 1}, kind, stream);
+    if (!n) return cudaSuccess;
+    const char *why = emu::why_not(to, from, n, kind);
+    if (why) return emu::wrong(cudaErrorInvalidValue, "cudaMemcpy", why);
+    auto pageable = [](const void *p) { return !emu::touches_device(p) && !emu::is_pinned(p); };
+    bool captured = emu::stream_of(stream)->capture;
+    if (!captured && pageable(from)) {
+        auto staged = std::make_shared<std::vector<char>>(n);
+        emu::copy_now(staged->data(), from, n);
+        return emu::enqueue(stream, [=] { emu::copy_now(to, staged->data(), n); });
+    }
+    cudaError_t e = emu::enqueue(stream, [=] { emu::copy_now(to, from, n); });
+    if (!captured && pageable(to)) emu::finish(emu::stream_of(stream));
+    return e;
 }
 inline cudaError_t cudaMemcpy(void *to, const void *from, size_t n, cudaMemcpyKind kind) {
-    cudaError_t e = emu::copy("cudaMemcpy", to, from, {n, n, n, 1}, kind, nullptr);
-    emu::finish(&emu::default_stream);
-    return e ? e : emu::last_error;
-}
-inline cudaError_t cudaMemcpy2DAsync(void *to, size_t pitch_to, const void *from, size_t pitch_from,
-                                     size_t width, size_t height, cudaMemcpyKind kind,
-                                     cudaStream_t stream = nullptr) {
-    emu::Rows rows = {pitch_to, pitch_from, width, height};
-    return emu::copy("cudaMemcpy2DAsync", to, from, rows, kind, stream);
-}
-inline cudaError_t cudaMemcpy2D(void *to, size_t pitch_to, const void *from, size_t pitch_from,
-                                size_t width, size_t height, cudaMemcpyKind kind) {
-    emu::Rows rows = {pitch_to, pitch_from, width, height};
-    cudaError_t e = emu::copy("cudaMemcpy2D", to, from, rows, kind, nullptr);
+    cudaError_t e = cudaMemcpyAsync(to, from, n, kind);
     emu::finish(&emu::default_stream);
     return e ? e : emu::last_error;
 }
@@ -396,18 +347,6 @@ inline cudaError_t cudaMemsetAsync(void *p, int byte, size_t n, cudaStream_t str
     });
 }
 inline cudaError_t cudaMemset(void *p, int byte, size_t n) { return cudaMemsetAsync(p, byte, n); }
-template<class T>
-cudaError_t cudaMemcpyToSymbol(T &symbol, const void *from, size_t n, size_t at = 0) {
-    emu::finish_all();
-    memcpy((char *)&symbol + at, from, n);
-    return cudaSuccess;
-}
-template<class T>
-cudaError_t cudaMemcpyFromSymbol(void *to, T &symbol, size_t n, size_t at = 0) {
-    emu::finish_all();
-    memcpy(to, (char *)&symbol + at, n);
-    return cudaSuccess;
-}
 
 // ---- launching ----------------------------------------------------------------------------------
 namespace emu {
@@ -488,78 +427,37 @@ cudaError_t emu_launch(const char *text, const cudaLaunchConfig_t *c, void (*f)(
     return run(std::forward<A>(a)...);
 }
 #define cudaLaunchKernelEx(config, ...) emu_launch(#__VA_ARGS__, config, __VA_ARGS__)
-enum cudaFuncAttribute {
-    cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
-    cudaFuncAttributePreferredSharedMemoryCarveout = 9
-};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 template<class... P>
-cudaError_t emu_attribute(const char *text, void (*f)(P...), cudaFuncAttribute a, int value) {
-    if (a != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+cudaError_t emu_attribute(const char *text, void (*f)(P...), cudaFuncAttribute, int value) {
     if (value < 0 || (size_t)value > emu::shared_per_block())
         return emu::last_error = cudaErrorInvalidValue;
     emu::find_kernel((const void *)f, text)->asked = (size_t)value;
     return cudaSuccess;
 }
 #define cudaFuncSetAttribute(...) emu_attribute(#__VA_ARGS__, __VA_ARGS__)
-template<class... P>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, void (*)(P...), int threads,
-                                                          size_t shared) {
-    *n = std::min(2048 / threads, (int)(emu::shared_per_multiprocessor() / (shared + emu::KiB)));
-    return cudaSuccess;
-}
 
 // ---- the device ---------------------------------------------------------------------------------
-struct cudaDeviceProp {
-    char name[256];
-    size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
-    size_t reservedSharedMemPerBlock;
-    int major, minor, multiProcessorCount, warpSize, maxThreadsPerBlock;
-    int maxThreadsPerMultiProcessor, regsPerBlock, regsPerMultiprocessor, l2CacheSize;
-    int memoryBusWidth, ECCEnabled, integrated;
-};
+struct cudaDeviceProp { char name[256]; int major, minor; };
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
-    *p = {};
     if (device) return cudaErrorInvalidDevice;
     snprintf(p->name, sizeof p->name, "CPU as sm_%d", emu::settings.sm);
-    p->totalGlobalMem = emu::settings.memory;
-    p->sharedMemPerBlock = emu::SHARED_UNASKED;
-    p->sharedMemPerBlockOptin = emu::shared_per_block();
-    p->sharedMemPerMultiprocessor = emu::shared_per_multiprocessor();
-    p->reservedSharedMemPerBlock = emu::KiB;
     p->major = emu::settings.sm / 10, p->minor = emu::settings.sm % 10;
-    p->multiProcessorCount = emu::settings.multiprocessors;
-    p->warpSize = 32, p->maxThreadsPerBlock = 1024, p->maxThreadsPerMultiProcessor = 2048;
-    p->regsPerBlock = p->regsPerMultiprocessor = 65536;
-    p->l2CacheSize = 50 << 20, p->memoryBusWidth = 5120;
     return cudaSuccess;
 }
-#define EMU_ATTRIBUTES(X)                                                                    \
-    X(MaxThreadsPerBlock, 1, p.maxThreadsPerBlock)                                           \
-    X(MaxSharedMemoryPerBlock, 8, p.sharedMemPerBlock)                                       \
-    X(ClockRate, 13, 1000000)           /* kHz; means nothing here */                        \
-    X(MultiProcessorCount, 16, p.multiProcessorCount)                                        \
-    X(MemoryClockRate, 36, 1000000)     /* kHz; means nothing here */                        \
-    X(GlobalMemoryBusWidth, 37, p.memoryBusWidth)                                            \
-    X(L2CacheSize, 38, p.l2CacheSize)                                                        \
-    X(ComputeCapabilityMajor, 75, p.major)                                                   \
-    X(ComputeCapabilityMinor, 76, p.minor)                                                   \
-    X(MaxSharedMemoryPerMultiprocessor, 81, p.sharedMemPerMultiprocessor)                    \
-    X(MaxSharedMemoryPerBlockOptin, 97, p.sharedMemPerBlockOptin)
-#define X(name, number, value) cudaDevAttr##name = number,
-enum cudaDeviceAttr { EMU_ATTRIBUTES(X) };
-#undef X
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
 inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr a, int device) {
-    cudaDeviceProp p;
-    *value = 0;
-    if (cudaError_t e = cudaGetDeviceProperties(&p, device)) return e;
-#define X(name, number, from) if (a == cudaDevAttr##name) return *value = (int)from, cudaSuccess;
-    EMU_ATTRIBUTES(X)
-#undef X
-    return cudaErrorInvalidValue;
+    if (device) return cudaErrorInvalidDevice;
+    *value = a == cudaDevAttrMultiProcessorCount ? emu::settings.multiprocessors
+           : a == cudaDevAttrComputeCapabilityMajor ? emu::settings.sm / 10
+           : (int)emu::shared_per_block();
+    return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int d) { return d ? cudaErrorInvalidDevice : cudaSuccess; }
 inline cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int *n) { return *n = 1, cudaSuccess; }
 inline cudaError_t cudaDriverGetVersion(int *v) { return *v = CUDART_VERSION, cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int *v) { return *v = CUDART_VERSION, cudaSuccess; }
-inline cudaError_t cudaDeviceReset() { emu::finish_all(); return cudaSuccess; }
