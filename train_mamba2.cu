@@ -2035,16 +2035,6 @@ struct Step {
     int id, time, sampled;                 // the token; its row is time % W; of the uniforms
 };
 
-// From here on the next kernel may start; it waits for the end of this one where it says so. Until
-// then it may read only what no kernel of a token writes: weights.
-#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
-__device__ inline void next_may_start() { asm volatile("griddepcontrol.launch_dependents;"); }
-__device__ inline void wait_for_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-#else
-__device__ inline void next_may_start() {}
-__device__ inline void wait_for_last() {}
-#endif
-
 template<class... P, class... A>
 static void launch_early(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared,
                          A... arguments) {

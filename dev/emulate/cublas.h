@@ -1,5 +1,5 @@
-// CUDA on a CPU, part 5: cublasLtMatmul by plain loops, as far as kernels here use it. It takes only
-// what a GPU's fast kernels take for certain, and says what it does not like: bf16 x bf16 -> bf16 or
+// CUDA on a CPU, part 5: cublasLtMatmul by plain loops, as far as it is used. It takes only what
+// a GPU's fast kernels take for certain, and says what it does not like: bf16 x bf16 -> bf16 or
 // float, or all float; accumulated and scaled in float; pointers and pitches of 16 bytes.
 #pragma once
 #include "runtime.h"

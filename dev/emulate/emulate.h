@@ -367,8 +367,8 @@ EMU_ENGINE void open(Barrier &r) {      // all who wait at r go on
     for (Warp *w = b->warps; w < b->warps + b->warps_n; w++) {
         Arrival &a = w->arrivals[id];
         if (a.turn == r.turn + 1 && w->live & ~a.lanes)
-            EMU_FAULT("divergent barrier: barrier %d at %s:%d opens without all lanes of a warp", id,
-                      a.file, a.line);
+            EMU_FAULT("divergent barrier: barrier %d at %s:%d opens without all lanes of a warp",
+                      id, a.file, a.line);
     }
     r.arrived = 0;
     r.turn++;
@@ -380,8 +380,8 @@ EMU_ENGINE void open(Barrier &r) {      // all who wait at r go on
 }
 enum Part { SYNC, ARRIVE };
 // Barrier `id` opens when `expected` threads (0: all that have not ended) have come. __syncthreads
-// is barrier 0, for which all must be at the same line. At PTX's numbered barriers warps may meet at
-// different lines, but not the lanes of a warp: they come together, as the hardware counts warps.
+// is barrier 0, for which all must be at the same line. At PTX's numbered barriers warps may meet
+// at different lines, but not the lanes of a warp: the hardware counts warps.
 EMU_ENGINE void barrier(const char *what, int id, int expected, Part part, EMU_HERE) {
     Thread *me = current(what);
     if (id < 0 || id >= MAX_BARRIERS || expected % 32)

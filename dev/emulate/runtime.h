@@ -210,6 +210,7 @@ inline cudaError_t cudaEventSynchronize(cudaEvent_t e) {
     return emu::last_error;
 }
 inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
+    *ms = 0;
     for (cudaEvent_t e : {from, to})    // what has not been waited for has not been stamped
         if (!e->stamped) return cudaErrorNotReady;
     *ms = std::chrono::duration<float, std::milli>(to->time - from->time).count();

@@ -314,8 +314,8 @@ static bool test_ldmatrix() {
             }
     return ok;
 }
-// Three groups of copies, waited for one by one, the last in pieces of 4 bytes; lanes from 24 on copy
-// zeros.
+// Three groups of copies, waited for one by one, the last in pieces of 4 bytes; lanes from 24 on
+// copy zeros.
 __global__ void cp_async_kernel(uint4 *out, const uint4 *in) {
     __shared__ uint4 s[3][32];
     int l = threadIdx.x;
@@ -348,7 +348,8 @@ static bool test_cp_async() {
     return ok;
 }
 
-__global__ void pairs_kernel(uint32_t *product, float *power, const uint32_t *a, const uint32_t *b) {
+__global__ void pairs_kernel(uint32_t *product, float *power, const uint32_t *a,
+                             const uint32_t *b) {
     int i = threadIdx.x;
     product[i] = mul_bf16x2(a[i], b[i]);
     power[i] = exp2_fast((float)i / 8 - 16);

@@ -73,7 +73,7 @@ static double error(const Values &got, const Values &want) {
 }
 
 template<typename X> static double bound(double cpu_error) {
-    return sizeof(X) == sizeof(float) ? 2 * cpu_error + 2e-6 : 4 * pow(2, -8) / sqrt(12);
+    return sizeof(X) == sizeof(float) ? 2 * cpu_error + 2e-6 : sqrt(4 / 3.0) * pow(2, -8);
 }
 
 // Columns from..to of a tensor, all of them by default. X is the type of the op's arithmetic.
@@ -127,10 +127,10 @@ struct Documents {
 
 // ---- ssd ----------------------------------------------------------------------------------------
 // What rounding costs: the judge again, with each element of what the kernels multiply as bf16 (x,
-// B, C, g_y, and the states that come in) off by up to 2^-8 of itself, at random. How far that moves
-// a result is how well conditioned it is, and the bound. The kernels round other things, CB o L,
-// states, decays, results, but a product has no more rounded factors in them than here. The error of
-// a result of few elements is a random number itself: 3/sqrt(count) are 3 standard deviations.
+// B, C, g_y, the states that come in) off by up to 2^-8 of itself, at random. How far that moves a
+// result tells how well conditioned it is, and is the bound. The kernels round other things, CB o
+// L, states, decays, results, but none of their products has more rounded factors than this. The
+// error of a result of few elements is a random number: 3/sqrt(count) is 3 standard deviations.
 constexpr int SHAKES = 4;
 
 template<typename floatX>
@@ -148,9 +148,11 @@ static void test_ssd(const Sizes &s, bool with_states, double rate, double longe
     Tensor<float> dt(few_dt), A_log(decays), D(normals(H)), g_dt(n * H), g_A_log(zeros), g_D(zeros);
     Tensor<float> initial(with_states ? normals(state) : none);
     Tensor<float> g_final(with_states ? normals(state) : none);
-    Tensor<float> last(with_states ? Values(state) : none), g_initial(with_states ? Values(state) : none);
+    Tensor<float> last(with_states ? Values(state) : none);
+    Tensor<float> g_initial(with_states ? Values(state) : none);
 
-    const char *names[] = {"y", "g_x", "g_B", "g_C", "g_dt", "g_A_log", "g_D", "final", "g_initial"};
+    const char *names[] = {"y",       "g_x", "g_B",   "g_C",      "g_dt",
+                           "g_A_log", "g_D", "final", "g_initial"};
     auto results = [&](auto of) {
         Values g = of(g_xBC), parts[3];
         for (size_t i = 0; i < g.size(); i++)
