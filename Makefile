@@ -6,6 +6,7 @@
 # make test-sanitize    AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-emulate     every CUDA kernel on the CPU
 # make train_mamba2_double  the CPU program in float64;  train_mamba2emu: the GPU's, on the CPU
+# make test_mamba2cu    the tests of the CUDA program, for a GPU
 # make clean
 #
 # CC=clang, MARCH=x86-64-v3 (default native), NO_OMP=1 (no OpenMP), ARCH=80 (GPU architecture)
@@ -140,6 +141,6 @@ help:
 	@sed -n '/^# make/s/^# //p; /^# CC/s/^# //p' Makefile
 
 clean:
-	rm -rf train_mamba2 train_mamba2_double train_mamba2cu train_mamba2emu build
+	rm -rf train_mamba2 train_mamba2_double train_mamba2cu train_mamba2emu test_mamba2cu selftestemu build
 
 .PHONY: all test test-compilers test-sanitize test-reference bench help clean test-emulate test-emulate-shim
