@@ -23,7 +23,7 @@ WIDE     := -mprefer-vector-width=512
 FLOAT    := -ffp-contract=fast -fno-math-errno -march=$(MARCH) $(if $(NO_OMP),-fopenmp-simd,-fopenmp) \
             $(shell $(CC) $(WIDE) -E -x c /dev/null >/dev/null 2>&1 && echo $(WIDE))
 C11       = $(CC) -std=gnu11 $(OPT) $(FLOAT) -Wall -Wextra -Wno-pass-failed $(CFLAGS)
-LIBS     := -lz -lm
+LIBS     := -lz -lm -lpthread
 SOURCES  := train_mamba2.c $(wildcard dev/lib/*.h)
 
 all: train_mamba2 $(if $(NVCC),train_mamba2cu)

@@ -40,6 +40,7 @@
 #include <inttypes.h>
 #include <limits.h>
 #include <math.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -2359,19 +2360,51 @@ static void print_sample(Run *run) {
     printf("\n----\n");
 }
 
-static void save(Run *run) {
-    Model *m = &run->m;
+// A checkpoint of what the host has, as it was at that step
+typedef struct { Model *m; Progress p; Loader data; int better; } Save;
+static Save saving;
+static pthread_t saver;
+static int in_saving;
+
+static void save_now(const Save *s) {
     double sum = 0;
-    int better = run->last_val_step == run->p.step && run->last_val < run->p.best;
-    run->device->fetch(m);
-    for (size_t i = 0; i < m->size; i++) sum += 0*(double)m->weights[i];
-    check_finite(m, str("step %" PRId64 ": a weight", run->p.step), sum, &m->w);
-    if (better) run->p.best = run->last_val;
-    save_checkpoint(m, &run->p, &run->train);
-    if (better) point_link(str("%s/best", flags.out), str("step_%08" PRId64, run->p.step));
-    prune_checkpoints(flags.out, flags.keep, run->p.step);
-    printf("step %" PRId64 " | saved %s/step_%08" PRId64 "%s\n", run->p.step, flags.out,
-           run->p.step, better ? " (best)" : "");
+    for (size_t i = 0; i < s->m->size; i++) sum += 0*(double)s->m->weights[i];
+    check_finite(s->m, str("step %" PRId64 ": a weight", s->p.step), sum, &s->m->w);
+    save_checkpoint(s->m, &s->p, &s->data);
+    if (s->better) point_link(str("%s/best", flags.out), str("step_%08" PRId64, s->p.step));
+    prune_checkpoints(flags.out, flags.keep, s->p.step);
+    printf("step %" PRId64 " | saved %s/step_%08" PRId64 "%s\n", s->p.step, flags.out, s->p.step,
+           s->better ? " (best)" : "");
+}
+
+static void *save_thread(void *s) {
+    in_background = 1;
+    save_now((const Save *)s);
+    return NULL;
+}
+
+static void save_wait(void) {
+    if (in_saving) pthread_join(saver, NULL);
+    in_saving = 0;
+}
+
+// A device's weights are copied to the host, and written from there while training goes on; the
+// next save and the end of the program wait for that. The CPU's own weights cannot wait.
+static void save(Run *run) {
+    save_wait();
+    run->device->fetch(&run->m);
+    saving.better = run->last_val_step == run->p.step && run->last_val < run->p.best;
+    if (saving.better) run->p.best = run->last_val;
+    saving.m = &run->m, saving.p = run->p, saving.data = run->train;
+    if (!run->device->remote) {
+        save_now(&saving);
+        return;
+    }
+    static int asked;
+    if (!asked++) atexit(save_wait);
+    int error = pthread_create(&saver, NULL, save_thread, &saving);
+    CHECK(!error, "no thread to save with: %s", strerror(error));
+    in_saving = 1;
 }
 
 static volatile sig_atomic_t stop_signal;
@@ -2405,6 +2438,7 @@ static int run_training(Run *run) {
         if (due(run->p.step, flags.sample_every)) print_sample(run);
         if (due(run->p.step, flags.save_every) || (stop_signal && flags.save_every)) save(run);
     }
+    save_wait();
     if (flags.plot) draw_plot(run);
     if (!stop_signal) return 0;
     printf("stopped by signal %d after step %" PRId64 "%s\n", (int)stop_signal, run->p.step,

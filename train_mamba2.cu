@@ -31,6 +31,7 @@
 #include <inttypes.h>
 #include <limits.h>
 #include <math.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -130,6 +131,10 @@ static float *workspace(size_t floats) {
 }
 
 // to (rows,columns) on the host, from (rows,pitch) on the device
+static void download(float *to, const float *from, size_t count) {
+    CUDA(cudaStreamSynchronize(stream));
+    CUDA(cudaMemcpy(to, from, count * sizeof(float), cudaMemcpyDeviceToHost));
+}
 template<typename X>
 static void download(float *to, const X *from, size_t rows, size_t columns, size_t pitch) {
     X *staged = (X *)malloc(rows * pitch * sizeof(X) + 1);
@@ -181,18 +186,18 @@ __device__ inline float quad_sum(float v) {       // over the 4 lanes that share
     v += __shfl_xor_sync(~0u, v, 1);
     return v + __shfl_xor_sync(~0u, v, 2);
 }
-__device__ inline float warp_sum(float v) {
+template<typename X> __device__ inline X warp_sum(X v) {
     for (int lanes = 16; lanes; lanes /= 2) {
         v += __shfl_xor_sync(~0u, v, lanes);
     }
     return v;
 }
 // Inclusive sum over the lanes up to this one.
-__device__ inline float warp_scan(float v) {
+template<typename X> __device__ inline X warp_scan(X v) {
     int lane = threadIdx.x % 32;
     for (int step = 1; step < 32; step *= 2) {
-        float other = __shfl_up_sync(~0u, v, step);
-        v += lane >= step ? other : 0.0f;
+        X other = __shfl_up_sync(~0u, v, step);
+        v += lane >= step ? other : (X)0;
     }
     return v;
 }
@@ -1991,15 +1996,8 @@ adamw_kernel(float *w, floatX *copy, float *m, float *v, const float *g, AdamW s
     if (sizeof(floatX) != sizeof(float)) store<true>(copy, at, count, weight);
 }
 
-// == one step at a time ===========================================================================
-// Generation. Between stretches of a row, the convolution's last inputs go on in `past`, and the
-// states in `carried`. A single token is bound by reading all weights once, and by launches: three
-// kernels a layer, each of which may start before the one before it ends (PDL), and then asks for
-// its weights while it waits. Activations are in float.
-//   gemv            zxBCdt = in_proj rmsnorm(resid)
-//   ssd_recurrence  conv1d, dt, the recurrence itself, v = y silu(z)
-//   gemv            resid += out_proj (norm_g v^)
-// zxBCdt is a ring of the last W rows, in which the convolution finds its inputs.
+// == from one stretch of a row to the next ========================================================
+// --carry and generation: the convolution's last inputs go on in `past`, the states in `carried`.
 
 template<typename floatX>
 __global__ void __launch_bounds__(256)
@@ -2028,223 +2026,6 @@ static void conv1d_past(const Dims *d, floatX *past_new, const floatX *zxBCdt, c
     conv1d_past_kernel<floatX><<<dim3(pieces(d->S, 256), (unsigned)d->R), 256, 0, stream>>>(
         past_new, zxBCdt, past, doc, *d);
     LAUNCHED();
-}
-
-// What changes from token to token, on the device, so that a CUDA graph can be used again
-struct Step {
-    int id, time, sampled;                 // the token; its row is time % W; of the uniforms
-};
-
-template<class... P, class... A>
-static void launch_early(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared,
-                         A... arguments) {
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = is_hopper();
-    CUDA(cudaLaunchKernelEx(&config, kernel, P(arguments)...));
-}
-
-// out (O) (+)= weight (O,I) x, a warp per row, where x (I) is in, RMS-normed by groups, times w;
-// or, w NULL, SwiGLU of in (2I). ring: out is row time % ring of (ring,pitch).
-enum { AHEAD = 4 };                        // vectors of 8 that a lane asks for at a time
-template<bool WIDE, typename floatX>
-__global__ void __launch_bounds__(256)
-gemv_kernel(float *out, const floatX *weight, const float *in, const float *w, int I, int O,
-            int groups, float eps, int add, const Step *step, int ring, size_t pitch) {
-    extern __shared__ __align__(128) float x[];
-    __shared__ float part[2][32];
-    int lane = threadIdx.x % 32, row = blockIdx.x * 8 + threadIdx.x / 32, columns = I / groups;
-    Vec next[AHEAD];
-    auto fetch = [&](int c0) {
-        UNROLL for (int k = 0; k < AHEAD; k++) {
-            next[k] = load<WIDE>(weight + (size_t)row * I, c0 + (k * 32 + lane) * 8, I);
-        }
-    };
-    next_may_start();
-    if (row < O) fetch(0);
-    wait_for_last();
-    if (step) out += step->time % ring * pitch;
-    for (int g = 0; g < groups && w; g++) {
-        float sum = 0.0f;
-        for (int c = g * columns + threadIdx.x; c < (g + 1) * columns; c += 256) {
-            x[c] = in[c];
-            sum += x[c] * x[c];
-        }
-        float scale = 1.0f / sqrtf(block_sum(sum, part[g % 2]) / columns + eps);
-        for (int c = g * columns + threadIdx.x; c < (g + 1) * columns; c += 256) {
-            x[c] *= scale * w[c];
-        }
-    }
-    for (int c = threadIdx.x; c < I && !w; c += 256) {
-        x[c] = in[c] * in[I + c] * sigmoid<floatX>(in[I + c]);
-    }
-    if (threadIdx.x < 8) x[I + threadIdx.x] = 0.0f;        // up to a whole vector
-    __syncthreads();
-    for (; row < O; row += gridDim.x * 8) {
-        float sum = 0.0f;
-        for (int c0 = 0; c0 < I; c0 += AHEAD * 256) {
-            if (c0 > 0 || row >= gridDim.x * 8) fetch(c0);
-            UNROLL for (int k = 0; k < AHEAD; k++) {
-                int c = c0 + (k * 32 + lane) * 8;
-                UNROLL for (int i = 0; i < 8; i++) {
-                    if (c < I) sum += next[k].v[i] * x[c + i];
-                }
-            }
-        }
-        sum = warp_sum(sum);
-        if (lane == 0) out[row] = add ? out[row] + sum : sum;
-    }
-}
-template<typename floatX>
-static void gemv(float *out, const floatX *weight, const float *in, const float *w, size_t I,
-                 size_t O, size_t groups, float eps, int add, const Step *step = NULL,
-                 size_t ring = 1, size_t pitch = 0) {
-    unsigned warps = pieces(O, pieces(O, 8 * 528)), shared = (unsigned)((I + 8) * sizeof(float));
-    auto kernel = I % 8 ? gemv_kernel<false, floatX> : gemv_kernel<true, floatX>;
-    CHECK(shared < shared_room() - 1024, "rows of %zu columns are too long for the GPU", I);
-    if (shared > 48 << 10) allow_shared(kernel, shared);
-    launch_early(kernel, dim3(pieces(warps, 8)), 256, shared, out, weight, in, w, (int)I, (int)O,
-                 (int)groups, eps, add, step, (int)ring, pitch);
-}
-
-// 16 columns p of a head: v (E) = y silu(z); state (H,N,P) is updated in place. Each thread has a
-// column and every 16th n.
-constexpr int STEP_P = 16;
-template<typename floatX>
-__global__ void __launch_bounds__(256)
-ssd_recurrence_kernel(float *v, float *state, const float *zxBCdt, const float *conv_w,
-                      const float *conv_b, const float *dt_bias, const float *A_log,
-                      const float *D, const Step *step, Dims d) {
-    extern __shared__ float xBC[];                         // x (16), B (N), C (N)
-    __shared__ float sums[16][STEP_P + 1];
-    int p = threadIdx.x % STEP_P, slice = threadIdx.x / STEP_P;
-    size_t h = blockIdx.y, column = blockIdx.x * (size_t)STEP_P + p, group = h / (d.H / d.G);
-    next_may_start();
-    wait_for_last();
-    int time = step->time;
-    const float *row = zxBCdt + time % d.W * d.pitch;
-    for (size_t i = threadIdx.x; i < STEP_P + 2 * d.N; i += 256) {
-        size_t bc = i - STEP_P, c = h * d.P + blockIdx.x * STEP_P + i;
-        if (i >= STEP_P) c = d.E + bc / d.N * d.G * d.N + group * d.N + bc % d.N;
-        if (i < STEP_P && blockIdx.x * STEP_P + i >= d.P) continue;
-        float pre = conv_b[c];
-        for (size_t k = 0; k < d.W; k++) {                 // from the oldest on
-            pre += conv_w[c * d.W + k] * zxBCdt[(time + 1 + k) % d.W * d.pitch + d.E + c];
-        }
-        xBC[i] = pre * sigmoid<floatX>(pre);
-    }
-    __syncthreads();
-    float dt = softplus(row[d.E + d.S + h] + dt_bias[h]), sum = 0.0f, x = xBC[p];
-    dt = min(max(dt, d.dt_lo), d.dt_hi);
-    float decay = expf(-expf(A_log[h]) * dt);
-    const float *B = xBC + STEP_P, *C = B + d.N;
-    state += h * d.N * d.P + column;
-    for (size_t n = slice; n < d.N && column < d.P; n += 16) {
-        float s = decay * state[n * d.P] + dt * B[n] * x;
-        state[n * d.P] = s;
-        sum += C[n] * s;
-    }
-    sums[slice][p] = sum;
-    __syncthreads();
-    if (slice > 0 || column >= d.P) return;
-    float y = D[h] * x, z = row[h * d.P + column];
-    for (int i = 0; i < 16; i++) {
-        y += sums[i][p];
-    }
-    v[h * d.P + column] = y * z * sigmoid<floatX>(z);
-}
-template<typename floatX>
-static void ssd_recurrence(const Dims *d, float *v, float *state, const float *zxBCdt,
-                           const float *conv_w, const float *conv_b, const float *dt_bias,
-                           const float *A_log, const float *D, const Step *step) {
-    dim3 grid(pieces(d->P, STEP_P), (unsigned)d->H);
-    launch_early(ssd_recurrence_kernel<floatX>, grid, 256, (STEP_P + 2 * d->N) * sizeof(float), v,
-                 state, zxBCdt, conv_w, conv_b, dt_bias, A_log, D, step, *d);
-}
-
-// past (L,W-1,S) into the rings (L,W,pitch) of the token at time W
-template<typename floatX>
-__global__ void __launch_bounds__(256)
-fill_rings_kernel(float *rings, const floatX *past, Dims d) {
-    size_t l = blockIdx.y, i = blockIdx.x * (size_t)256 + threadIdx.x, k = i / d.S, c = i % d.S;
-    if (k + 1 >= d.W) return;
-    rings[(l * d.W + k + 1) * d.pitch + d.E + c] = past[(l * (d.W - 1) + k) * d.S + c];
-}
-
-// The next token from the logits of `vocab` tokens, as cpu::sample without top-k and top-p: the
-// most likely one, the first of equals; or, at a temperature, that at which the sum of the
-// probabilities from 0 on passes u. One block; each warp has a span of tokens, in order.
-__global__ void __launch_bounds__(1024)
-sample_kernel(Step *step, int *ids, const float *logits, const double *uniforms, int count,
-              int vocab, float temperature) {
-    __shared__ float best[32];
-    __shared__ int best_at[32];
-    __shared__ double sums[32];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, span = (vocab + 31) / 32;
-    int first = warp * span, last = min(vocab, first + span), top_at = vocab;
-    float top = -INFINITY;
-    for (int i = first + lane; i < last; i += 32) {
-        if (logits[i] > top) {
-            top = logits[i];
-            top_at = i;
-        }
-    }
-    auto join = [&](float other, int at) {
-        if (other > top || (other == top && at < top_at)) {
-            top = other;
-            top_at = at;
-        }
-    };
-    for (int lanes = 16; lanes; lanes /= 2) {
-        float other = __shfl_xor_sync(~0u, top, lanes);
-        int at = __shfl_xor_sync(~0u, top_at, lanes);
-        join(other, at);
-    }
-    if (lane == 0) best[warp] = top;
-    if (lane == 0) best_at[warp] = top_at;
-    __syncthreads();
-    for (int w = 0; w < 32; w++) {
-        join(best[w], best_at[w]);
-    }
-    int slot = step->sampled % count;
-    double sum = 0.0, before = 0.0;
-    auto likelihood = [&](int i) {
-        return temperature > 0.0f && i < last ? expf((logits[i] - top) / temperature) : 0.0f;
-    };
-    for (int i = first; i < last; i += 32) {
-        sum += (double)warp_sum(likelihood(i + lane));
-    }
-    if (lane == 0) sums[warp] = sum;
-    __syncthreads();                                       // and all have read step->sampled
-    double all = 0.0;
-    for (int w = 0; w < 32; w++) {
-        if (w == warp) before = all;
-        all += sums[w];
-    }
-    if (threadIdx.x == 0) {
-        step->id = ids[slot] = min(top_at, vocab - 1);
-        step->sampled++;
-        step->time++;
-    }
-    __syncthreads();
-    double u = uniforms[slot] * all;
-    if (temperature <= 0.0f || u < before || u >= before + sum) return;
-    for (int i = first; i < last; i += 32) {
-        float p = likelihood(i + lane), upto = warp_scan(p);
-        unsigned passed = __ballot_sync(~0u, u < before + (double)upto);
-        if (passed) {
-            if (lane == __ffs(passed) - 1) step->id = ids[slot] = min(i + lane, vocab - 1);
-            return;
-        }
-        before += (double)warp_sum(p);
-    }
 }
 
 // == the model on the GPU =========================================================================
@@ -2718,266 +2499,8 @@ static void adamw(Model<floatX> *m, double lr, double grad_scale, cpu::Int t) {
     LAUNCHED();
 }
 
-// ---- generation ---------------------------------------------------------------------------------
-// The prompt goes through the parallel form, in pieces; then each token is one step of the
-// recurrence, as a CUDA graph. The GPU runs ahead of what is printed, by UNDERWAY tokens.
-constexpr int UNDERWAY = 4, UNIFORMS = 256;
-
-template<typename floatX>
-struct Sampler {
-    cpu::Model view;                       // one row of at most `most` tokens
-    Model<floatX> m;
-    size_t most;
-    float *resid, *rings, *v, *ab;         // (M), (L,W,pitch), (E), (2F)
-    float *logits, *host_logits;           // (V)
-    Step *step;
-    double *uniforms;
-    int *ids, *host_ids;                   // (UNIFORMS): the tokens that were sampled
-    cudaGraphExec_t graph;
-    cudaEvent_t done[UNDERWAY];
-
-    Sampler(const Model<floatX> *trained, const cpu::Model *host, size_t most)
-        : m(*trained), most(most), graph(NULL) {
-        memset(&view, 0, sizeof view);
-        view.d = host->d;
-        view.d.Q = 128;
-        cpu::dims_batch(&view.d, 1, most);
-        view.d.lanes = view.d.kept = 1;
-        open_acts(&m, &view);
-        size_t ring = m.d.L * m.d.W * m.d.pitch;
-        resid = device_alloc<float>(m.d.M);
-        rings = device_alloc<float>(ring);
-        v = device_alloc<float>(m.d.E);
-        ab = device_alloc<float>(2 * m.d.F);
-        logits = device_alloc<float>(m.d.V);
-        step = device_alloc<Step>(1);
-        uniforms = device_alloc<double>(UNIFORMS);
-        ids = device_alloc<int>(UNIFORMS);
-        CUDA(cudaMemsetAsync(rings, 0, ring * sizeof(float), stream));
-        CUDA(cudaMallocHost(&host_ids, UNIFORMS * sizeof(int)));
-        host_logits = (float *)cpu::alloc(m.d.V, sizeof(float));
-        for (cudaEvent_t &event : done) {
-            CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
-        }
-    }
-    ~Sampler() {
-        CUDA(cudaStreamSynchronize(stream));
-        close_acts(&m);
-        void *buffers[] = {resid, rings, v, ab, logits, step, uniforms, ids};
-        for (void *p : buffers) {
-            CUDA(cudaFree(p));
-        }
-        CUDA(cudaFreeHost(host_ids));
-        free(host_logits);
-        for (cudaEvent_t event : done) {
-            CUDA(cudaEventDestroy(event));
-        }
-        if (graph) CUDA(cudaGraphExecDestroy(graph));
-    }
-    const floatX *head() const { return view.d.tied ? m.x.embedding : m.x.lm_head; }
-
-    // Takes in the prompt; leaves the logits after its last token, and the states for step().
-    void feed(const int *tokens, size_t count) {
-        for (size_t i = 0; i < count; i += most) {
-            cpu::dims_batch(&view.d, 1, count - i < most ? count - i : most);
-            view.ids = tokens + i;
-            take_batch(&m);
-            model_hidden(&m);
-            swap_states(&m);
-        }
-        const Dims *d = &m.d;
-        linear_forward(logits, m.a.hidden + (d->n - 1) * d->M, head(), 1, d->M, d->V, 0);
-        dim3 grid(pieces((d->W - 1) * d->S, 256), (unsigned)d->L);
-        if (d->W > 1) fill_rings_kernel<floatX><<<grid, 256, 0, stream>>>(rings, m.a.past, *d);
-        Step start = {0, (int)d->W - 1, 0};                // the first sample makes it W
-        CUDA(cudaMemcpyAsync(step, &start, sizeof start, cudaMemcpyHostToDevice, stream));
-    }
-
-    void token() {                         // from step->id to logits
-        const Dims *d = &m.d;
-        Dims one = *d;
-        one.R = one.T = one.n = 1;
-        embed_forward(&one, resid, &step->id, m.w.embedding);
-        for (size_t l = 0; l < d->L; l++) {
-            auto w = layer_params(m.specs, m.w, l, d->L);
-            auto x = layer_params(m.specs, m.x, l, d->L);
-            float *zxBCdt = rings + l * d->W * d->pitch;
-            gemv(zxBCdt, x.in_proj, resid, w.norm, d->M, d->Z, 1, d->eps, 0, step, d->W, d->pitch);
-            ssd_recurrence<floatX>(d, v, layer_acts(&m, l).carried, zxBCdt, w.conv_w, w.conv_b,
-                                   w.dt_bias, w.A_log, w.D, step);
-            gemv(resid, x.out_proj, v, w.norm_g, d->E, d->M, d->G, d->eps, 1);
-            if (!d->F) continue;
-            gemv(ab, x.fc1, resid, w.norm2, d->M, 2 * d->F, 1, d->eps, 0);
-            gemv(resid, x.fc2, ab, (float *)NULL, d->F, d->M, 1, d->eps, 1);
-        }
-        gemv(logits, head(), resid, m.w.norm_f, d->M, d->V, 1, d->eps, 0);
-    }
-
-    // Issues token i: its logits, but those of the first one are there; then its choice.
-    void issue(cpu::Int i, uint64_t stream_of) {
-        const cpu::Flags &f = cpu::flags;
-        double u[UNIFORMS];
-        int slot = (int)(i % UNIFORMS);
-        for (int k = 0; k < UNIFORMS && slot == 0; k++) {
-            u[k] = cpu::random_uniform((uint64_t)f.seed, stream_of, (uint64_t)(i + k));
-        }
-        if (slot == 0) {
-            CUDA(cudaMemcpyAsync(uniforms, u, sizeof u, cudaMemcpyHostToDevice, stream));
-        }
-        if (i > 0 && !graph) graph = capture([&] { token(); });
-        if (i > 0) CUDA(cudaGraphLaunch(graph, stream));
-        sample_kernel<<<1, 1024, 0, stream>>>(step, ids, logits, uniforms, UNIFORMS,
-                                              (int)view.d.vocab, (float)f.temperature);
-        LAUNCHED();
-        if (f.temperature > 0 && (f.top_k || f.top_p < 1)) {           // sorts: on the host
-            double uniform = cpu::random_uniform((uint64_t)f.seed, stream_of, (uint64_t)i);
-            download(host_logits, logits, 1, m.d.V, m.d.V);
-            int id = cpu::sample(host_logits, view.d.vocab, f.temperature, f.top_k, f.top_p,
-                                 uniform);
-            CUDA(cudaMemcpy(&step->id, &id, sizeof id, cudaMemcpyHostToDevice));
-            CUDA(cudaMemcpy(ids + slot, &id, sizeof id, cudaMemcpyHostToDevice));
-        }
-        CUDA(cudaMemcpyAsync(host_ids + slot, ids + slot, sizeof(int), cudaMemcpyDeviceToHost,
-                             stream));
-        CUDA(cudaEventRecord(done[i % UNDERWAY], stream));
-    }
-    int wait(cpu::Int i) {
-        CUDA(cudaEventSynchronize(done[i % UNDERWAY]));
-        return host_ids[i % UNIFORMS];
-    }
-};
-
-// ---- --profile ----------------------------------------------------------------------------------
-
-// The FLOPs of SSD's forward for a token, of one layer, in chunks of 128 by tiles of 64: a row sees
-// 96 columns on average. CB and (CB o L) x go over these; C S and the new state over N and P.
-static double ssd_flops(const Dims *d) {
-    double GN = (double)(d->G * d->N), HP = (double)(d->H * d->P);
-    return 2 * 96 * (GN + HP) + 4 * HP * (double)d->N;
-}
-
-// What a part of a step must at least move and calculate, by its formula in the sizes
-struct Cost {
-    const char *name;
-    double times, bytes, flops;            // in a micro-batch; of one time
-};
-static std::vector<Cost> step_costs(const Dims *d, double X, double params, bool again) {
-    double n = (double)d->n, L = (double)d->L, M = (double)d->M, E = (double)d->E, S = (double)d->S;
-    double Z = (double)d->Z, H = (double)d->H, F = (double)d->F, V = (double)d->V;
-    double states = n / (double)d->Q * H * (double)(d->N * d->P), forward = again ? 2 * L : L;
-    double HP = (double)(d->H * d->P), GN = (double)(d->G * d->N), norms = F > 0 ? 2 * L : L;
-    std::vector<Cost> costs = {                            // X: bytes of floatX
-        {"embed", 1, 8 * n * M, 0},
-        {"norm", (again ? 2 : 1) * norms + 1, (4 + X) * n * M, 0},
-        {"conv1d", forward, 2 * X * n * S, 2 * n * S * (double)d->W},
-        {"dt", forward, (X + 4) * n * H, 0},
-        {"ssd", forward, X * (n * (S + E) + states) + 4 * n * H, n * ssd_flops(d)},
-        {"norm_g", forward, 3 * X * n * E, 0},
-        {"swiglu", forward, 3 * X * n * F, 0},
-        {"classifier", 1, 5 * X * n * V + (2 * X + 4) * V * M, 6 * n * V * M},
-        {"g_norm", norms + 1, (12 + 2 * X) * n * M, 0},
-        {"g_swiglu", L, 5 * X * n * F, 0},
-        {"g_norm_g", L, 5 * X * n * E, 0},
-        {"g_ssd", L, X * (n * (2 * S + E) + 3 * states) + 8 * n * H,
-         n * (192 * (2 * HP + 3 * GN) + 8 * HP * (double)d->N)},
-        {"g_dt", L, (2 * X + 4) * n * H, 0},
-        {"g_conv1d", L, 3 * X * n * S, 4 * n * S * (double)d->W},
-        {"g_embed", 1, 4 * n * M + 8 * min(n, V) * M, 0},
-        {"adamw", 1 / (double)cpu::flags.accum, params * (32 + (X < 4 ? X : 0)), 0},
-    };
-    auto product = [&](const char *name, const char *gradient, double I, double O, double out) {
-        costs.push_back({name, forward, n * (X * I + out * O) + X * I * O, 2 * n * I * O});
-        costs.push_back({gradient, L, 2 * X * n * (I + O) + (X + 4) * I * O, 4 * n * I * O});
-    };
-    product("in_proj", "g_in_proj", M, Z, X);
-    product("out_proj", "g_out_proj", E, M, 8);            // reads and writes the residual stream
-    product("fc1", "g_fc1", M, 2 * F, X);
-    product("fc2", "g_fc2", F, M, 8);
-    return costs;
-}
-
-// Seconds that f takes on the GPU: the least of 5 times
-template<class F>
-static double gpu_seconds(F f) {
-    cudaEvent_t from, to;
-    float ms, least = INFINITY;
-    CUDA(cudaEventCreate(&from));
-    CUDA(cudaEventCreate(&to));
-    for (int i = 0; i < 5; i++) {
-        CUDA(cudaEventRecord(from, stream));
-        f();
-        CUDA(cudaEventRecord(to, stream));
-        CUDA(cudaEventSynchronize(to));
-        CUDA(cudaEventElapsedTime(&ms, from, to));
-        least = min(least, ms);
-    }
-    CUDA(cudaEventDestroy(from));
-    CUDA(cudaEventDestroy(to));
-    return 1e-3 * (double)least;
-}
-
-// What this GPU reaches: bytes a second of a copy, FLOP/s of a square product
-struct Ceilings {
-    double bytes, flops;
-};
-template<typename floatX>
-static Ceilings measure_ceilings() {
-#ifdef __CUDACC__
-    constexpr size_t side = 8192;
-#else
-    constexpr size_t side = 64;            // emulated
-#endif
-    size_t count = side * side, bytes = count * sizeof(floatX);
-    floatX *a = device_alloc<floatX>(count), *out = device_alloc<floatX>(count);
-    CUDA(cudaMemsetAsync(a, 0x3c, bytes, stream));         // small numbers
-    double copy = gpu_seconds(
-        [&] { CUDA(cudaMemcpyAsync(out, a, bytes, cudaMemcpyDeviceToDevice, stream)); });
-    double product = gpu_seconds([&] { linear_forward(out, a, a, side, side, side, 0); });
-    CUDA(cudaFree(a));
-    CUDA(cudaFree(out));
-    return Ceilings{2 * (double)bytes / copy, 2 * (double)count * side / product};
-}
-
-// The parts of the profiled steps in the order in which they first came
-static void print_parts(const std::vector<Cost> &costs, Ceilings most, double steps, double plain,
-                        double profiled) {
-    struct Sum {
-        const char *name;
-        double seconds;
-    };
-    std::vector<Sum> sums;
-    double all = 0;
-    for (size_t i = 0; i < profile.marks.size(); i++) {
-        size_t k = 0;
-        float ms = 0;
-        if (i + 1 < profile.marks.size())
-            CUDA(cudaEventElapsedTime(&ms, profile.marks[i].event, profile.marks[i + 1].event));
-        while (k < sums.size() && strcmp(sums[k].name, profile.marks[i].name)) k++;
-        if (k == sums.size()) sums.push_back({profile.marks[i].name, 0});
-        sums[k].seconds += 1e-3 * (double)ms / steps;
-        all += 1e-3 * (double)ms / steps;
-    }
-    printf("%-11s %9s %7s %8s %9s  %s\n", "part", "ms a step", "share", "GB/s", "TFLOP/s",
-           "of its ceiling");
-    for (const Sum &sum : sums) {
-        double bytes = 0, flops = 0;
-        for (const Cost &c : costs) {
-            if (strcmp(c.name, sum.name)) continue;
-            bytes = c.times * (double)cpu::flags.accum * c.bytes;
-            flops = c.times * (double)cpu::flags.accum * c.flops;
-        }
-        double by_bytes = bytes / most.bytes, by_flops = flops / most.flops, s = sum.seconds;
-        printf("%-11s %9.3f %6.1f%% ", sum.name, 1e3 * s, 100 * s / all);
-        if (bytes > 0) {
-            printf("%8.0f %9.1f  %3.0f%% of the %s\n", 1e-9 * bytes / s, 1e-12 * flops / s,
-                   100 * max(by_bytes, by_flops) / s,
-                   by_bytes > by_flops ? "copy's GB/s" : "product's TFLOP/s");
-        } else printf("  (copies, and the GPU waiting)\n");
-    }
-    printf("%-11s %9.3f 100.0%%  a step: %.3f ms with these events, %.3f without%s\n", "sum",
-           1e3 * all, 1e3 * profiled, 1e3 * plain,
-           cpu::flags.graph ? ", as a CUDA graph" : "");
-}
+#include "dev/cuda/generate.cuh"        // Sampler: a token at a time
+#include "dev/cuda/profile.cuh"         // the table of --profile
 
 // ---- the functions of cpu::Backend, for floatX --------------------------------------------------
 template<typename floatX>
@@ -2988,6 +2511,20 @@ struct Device {
         size_t k = 0;
         while (strcmp(model.act_specs[k].name, name)) k++;
         return model.act_specs[k].count;
+    }
+
+    // What a checkpoint is copied to: pinned, the copy is several times as fast. If the system has
+    // not so much to pin, it is slow.
+    static void pin_checkpoint(cpu::Model *host) {
+#ifdef __CUDACC__
+        float *blocks[] = {host->weights, host->mean, host->square};
+        for (float *block : blocks) {
+            if (cudaHostRegister(block, host->size * sizeof(float), cudaHostRegisterDefault))
+                cudaGetLastError();
+        }
+#else
+        (void)host;
+#endif
     }
 
     static void open(cpu::Model *host) {
@@ -3004,6 +2541,7 @@ struct Device {
             CUDA(cudaMemsetAsync(*blocks[i], 0, host->size * sizeof(float), stream));
             if (from[i]) upload(*blocks[i], from[i], host->size);
         }
+        if (training && cpu::flags.save_every) pin_checkpoint(host);
         if (sizeof(floatX) == sizeof(float)) {
             m->copies = (floatX *)m->weights;
         } else {
@@ -3055,7 +2593,7 @@ struct Device {
         for (unsigned i = 0; i < NORM_PARTS; i++) {
             sum += (double)sums[i];
         }
-        if (!isfinite(sum)) download(host->grads, model.grads, 1, host->size, host->size);
+        if (!isfinite(sum)) download(host->grads, model.grads, host->size);
         return sqrt(sum);                                  // the host names the tensor, and stops
     }
 
@@ -3073,11 +2611,11 @@ struct Device {
     static void fetch(cpu::Model *host) {
         const Model<floatX> *m = &model;
         size_t n = host->size;
-        download(host->weights, m->weights, 1, n, n);
-        download(host->mean, m->mean, 1, n, n);
-        download(host->square, m->square, 1, n, n);
+        download(host->weights, m->weights, n);
+        download(host->mean, m->mean, n);
+        download(host->square, m->square, n);
         if (host->watch) {                                 // --dump
-            download(host->grads, m->grads, 1, n, n);
+            download(host->grads, m->grads, n);
             download(host->a.hidden, m->a.hidden, 1, m->d.n * m->d.M, m->d.n * m->d.M);
         }
         if (!host->d.lanes) return;

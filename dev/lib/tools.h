@@ -1,12 +1,14 @@
 // tools.h: errors, memory, text and files.
 
 static const char *program = "train_mamba2";
+static __thread int in_background;      // this thread only writes a checkpoint
 
 __attribute__((noreturn)) static void vdie(int status, const char *format, va_list args) {
     fflush(stdout);
     fprintf(stderr, "error: ");
     vfprintf(stderr, format, args);
     fprintf(stderr, "\n");
+    if (in_background) _exit(status);    // no handlers: the other thread is still at work
     exit(status);
 }
 
@@ -84,10 +86,11 @@ static void put_bytes(Text *t, const void *data, size_t size) {
     t->data[t->size += size] = 0;
 }
 
-// A path or another short string put together by printf; lives until the 16th call after it.
+// A path or another short string put together by printf; lives until the 16th call after it in its
+// thread.
 PRINTF(1, 2) static const char *str(const char *format, ...) {
-    static char ring[16][2*PATH_MAX];
-    static int turn;
+    static __thread char ring[16][2*PATH_MAX];
+    static __thread int turn;
     char *s = ring[turn++ % 16];
     va_list args;
     va_start(args, format);
