@@ -5,6 +5,7 @@
 # make test-compilers   gcc, clang, C++20, no OpenMP, plain x86-64, float64, emulated bf16
 # make test-sanitize    AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-emulate     every CUDA kernel on the CPU
+# make mirror           the ops that one program has and the other lacks: nothing
 # make train_mamba2_double  the CPU program in float64;  train_mamba2emu: the GPU's, on the CPU
 # make test_mamba2cu    the tests of the CUDA program, for a GPU
 # make clean
@@ -136,6 +137,9 @@ test-emulate-shim: $(EMU_SELF) $(EMU_FAULTS)
 	@echo "selftest, thread:"; $(EMU_TESTS)/selftest-tsan $(EMU_QUIET)
 	@echo "planted faults:"; timeout 120 sh $(EMULATE)/faults.sh $(EMU_FAULTS)
 
+mirror:
+	@dev/test/mirror.sh
+
 # ---- the rest --------------------------------------------------------------------------------------
 help:
 	@sed -n '/^# make/s/^# //p; /^# CC/s/^# //p' Makefile
@@ -143,4 +147,4 @@ help:
 clean:
 	rm -rf train_mamba2 train_mamba2_double train_mamba2cu train_mamba2emu test_mamba2cu selftestemu build
 
-.PHONY: all test test-compilers test-sanitize test-reference bench help clean test-emulate test-emulate-shim
+.PHONY: all test test-compilers test-sanitize test-reference bench help clean mirror test-emulate test-emulate-shim

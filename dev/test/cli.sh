@@ -142,7 +142,7 @@ test_flags() {
         batch seq-len accum lr min-lr warmup schedule decay-frac weight-decay beta1 beta2 eps clip \
         skip-loss skip-norm seed shuffle packed carry recompute dtype threads save-every \
         eval-every sample-every plot keep eval-batches log-every generate prompt temperature \
-        top-k top-p eval dump compare device profile help version dry-run; do
+        top-k top-p eval dump compare device graph profile help version dry-run; do
         check "--help has --$flag" grep -qE -e "^ +--$flag( |\$)" help
     done
     while read -r flag kind; do

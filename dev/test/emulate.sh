@@ -9,6 +9,7 @@ try() {
     if said=$("$@" 2>&1); then passed=$((passed + 1)); echo "ok   $name"
     else failed=$((failed + 1)); echo "FAIL $name: $*"; echo "$said" | tail -n 25; fi
 }
+try "the two programs mirror each other" dev/test/mirror.sh
 for order in forward reverse random:1; do
     EMU_ORDER=$order try "ops, $order" build/emu/test_mamba2
 done
@@ -54,5 +55,17 @@ graphs() {                               # graphs FLAGS: does a CUDA graph chang
 }
 try "a CUDA graph gives the same bits" graphs
 try "with carried states too" graphs --carry --packed --eot 10
+# checkpoints are written while training goes on
+# shellcheck disable=SC2086
+try "saves at every step" ./train_mamba2emu $tiny $quiet --steps 5 --accum 2 --warmup 1 --save-every 1 \
+    --packed --eot 10 --carry --out "$out/often"
+try "the last one is whole" cmp "$out/often/last/model.safetensors" "$out/1/last/model.safetensors"
+full() {                                 # the disk is full for the second checkpoint
+    # shellcheck disable=SC2086
+    (trap '' XFSZ; ulimit -f 200; ./train_mamba2emu $tiny $quiet --d-model 96 --steps 20 --save-every 2 \
+        --out "$out/full") >"$out/said" 2>&1
+    [ $? = 1 ] && grep "error: .*could not write" "$out/said" && [ ! -e "$out/full/last" ]
+}
+try "an error of the writer ends the run" full
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]
