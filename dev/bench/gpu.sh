@@ -32,6 +32,8 @@ done
 same() { ./train_mamba2cu $tiny --steps 5 --out "$1" --eval-every 0 --sample-every 0 --plot 0; }
 same "$out/a" >/dev/null 2>&1; same "$out/b" >/dev/null 2>&1
 check two-runs-equal cmp "$out/a/last/model.safetensors" "$out/b/last/model.safetensors"
+./train_mamba2cu $tiny --steps 5 --out "$out/c" --eval-every 0 --sample-every 0 --plot 0 --graph 0 >/dev/null 2>&1
+check graph-changes-no-bit cmp "$out/a/last/model.safetensors" "$out/c/last/model.safetensors"
 check resume-on-cpu ./train_mamba2 --out "$out/a" --resume --steps 8 --sample-every 0
 check resume-on-gpu ./train_mamba2cu --out "$out/a" --resume --steps 11 --sample-every 0
 speed() {
@@ -42,10 +44,18 @@ speed() {
 "
     rm -rf "$out/s"
 }
+decode() {                              # the last of three samples of 300 tokens, one row
+    rate=$(./train_mamba2cu --model "$1" --batch 1 --seq-len 128 --steps 4 --profile 1 --sample-every 1 \
+        --out "$out/s" --eval-every 0 --save-every 0 --plot 0 2>&1 >/dev/null | grep 'tokens/s' | tail -n 1)
+    table="$table$(printf '%-14s decode %21s' "$1" "$rate")
+"
+    rm -rf "$out/s"
+}
+decode mamba2-130m; decode mamba2-2.7b
 speed mamba2-130m 32 1024; speed mamba2-130m 16 2048; speed mamba2-130m 2 16384
 speed mamba2-370m 16 2048; speed mamba2-1.3b 8 2048
 ./train_mamba2cu --model mamba2-130m --batch 32 --seq-len 1024 --profile 6 --out "$out/p" --steps 20 \
     --eval-every 0 --sample-every 0 --save-every 0 --plot 0 >"$out/profile.log" 2>&1
-tail -n 16 "$out/profile.log"
+tail -n 22 "$out/profile.log"
 printf '%s' "$table"
-rm -rf "$out"/a "$out"/b "$out"/*check
+rm -rf "$out"/a "$out"/b "$out"/c "$out"/*check
