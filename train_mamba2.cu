@@ -2636,7 +2636,12 @@ static bool in_bf16() { return !strcmp(cpu::flags.dtype, "bf16"); }
 static void gpu_start() {
     if (!cpu::given[cpu::FLAG_dtype]) cpu::flags.dtype = "bf16";
     if (!cpu::flags.chunk_size) cpu::flags.chunk_size = 128;
-    int count = 0, device = (int)cpu::flags.device;
+    int count = 0, device = (int)cpu::flags.device, driver = 0, runtime = 0;
+    CUDA(cudaDriverGetVersion(&driver));                   // 0: there is none
+    CUDA(cudaRuntimeGetVersion(&runtime));
+    CHECK(!driver || driver / 1000 >= runtime / 1000, "the GPU's driver is for CUDA %d.%d, this "
+          "program for CUDA %d.%d; update the driver, or build with an older toolkit",
+          driver / 1000, driver / 10 % 100, runtime / 1000, runtime / 10 % 100);
     cudaError_t error = cudaGetDeviceCount(&count);
     CHECK(!error && count > 0, "no GPU: %s; train_mamba2 is the program for the CPU",
           cudaGetErrorString(error));
@@ -2644,12 +2649,6 @@ static void gpu_start() {
     CUDA(cudaSetDevice(device));
     cudaDeviceProp p;
     CUDA(cudaGetDeviceProperties(&p, device));
-    int driver = 0, runtime = 0;
-    CUDA(cudaDriverGetVersion(&driver));
-    CUDA(cudaRuntimeGetVersion(&runtime));
-    CHECK(driver / 1000 >= runtime / 1000, "the GPU's driver is for CUDA %d.%d, this program for "
-          "CUDA %d.%d; update the driver, or build with an older toolkit", driver / 1000,
-          driver / 10 % 100, runtime / 1000, runtime / 10 % 100);
 #ifdef BUILT_FOR
     CHECK(p.major == BUILT_FOR / 10 && p.minor >= BUILT_FOR % 10,
           "built for sm_%d, found sm_%d%d: make ARCH=%d%d", BUILT_FOR, p.major, p.minor, p.major,
