@@ -222,51 +222,68 @@ template<int COUNT> struct VecOf {
 typedef VecOf<8> Vec;
 
 template<int BYTES> struct WordOf;                         // what one instruction moves
+template<> struct WordOf<4> { typedef uint32_t type; };
 template<> struct WordOf<8> { typedef uint2 type; };
 template<> struct WordOf<16> { typedef uint4 type; };
 
-template<bool WIDE, int COUNT = 8, typename X>
-__device__ inline VecOf<COUNT> load(const X *from, size_t column, size_t columns) {
-    constexpr int BYTES = COUNT * sizeof(X) < 16 ? COUNT * sizeof(X) : 16,
-                  PIECE = BYTES / sizeof(X);
+// COUNT neighbours as they are in memory: half the registers while they are on their way
+template<typename X, int SIZE> struct Packed {
+    static constexpr int COUNT = SIZE, BYTES = COUNT * sizeof(X) < 16 ? COUNT * sizeof(X) : 16,
+                         PIECE = BYTES / sizeof(X), WORDS = COUNT / PIECE;
     typedef typename WordOf<BYTES>::type Word;
-    VecOf<COUNT> x = {};
-    if (WIDE) {
-        Word words[COUNT / PIECE] = {};
-        UNROLL for (int i = 0; i < COUNT / PIECE; i++) {
-            if (column < columns) words[i] = ((const Word *)(from + column))[i];
-        }
+    Word words[WORDS];
+
+    __device__ VecOf<COUNT> unpacked() const {
         X element[COUNT];
+        VecOf<COUNT> x;
         memcpy(element, words, sizeof element);
         UNROLL for (int i = 0; i < COUNT; i++) {
             x.v[i] = (float)element[i];
         }
-    } else {
-        UNROLL for (int i = 0; i < COUNT; i++) {
-            if (column + i < columns) x.v[i] = (float)from[column + i];
-        }
+        return x;
     }
-    return x;
+};
+
+template<bool WIDE, int COUNT = 8, typename X>
+__device__ inline Packed<X, COUNT> fetch(const X *from, size_t column, size_t columns) {
+    typedef Packed<X, COUNT> Pack;
+    Pack pack = {};
+    if (WIDE) {
+        UNROLL for (int i = 0; i < Pack::WORDS; i++) {
+            if (column < columns) {
+                pack.words[i] = ((const typename Pack::Word *)(from + column))[i];
+            }
+        }
+    } else {
+        X element[COUNT];
+        UNROLL for (int i = 0; i < COUNT; i++) {
+            element[i] = column + i < columns ? from[column + i] : (X)0.0f;
+        }
+        memcpy(pack.words, element, sizeof element);
+    }
+    return pack;
+}
+template<bool WIDE, int COUNT = 8, typename X>
+__device__ inline VecOf<COUNT> load(const X *from, size_t column, size_t columns) {
+    return fetch<WIDE, COUNT>(from, column, columns).unpacked();
 }
 
 template<bool WIDE, int COUNT, typename X>
 __device__ inline void store(X *to, size_t column, size_t columns, const VecOf<COUNT> &x) {
-    constexpr int BYTES = COUNT * sizeof(X) < 16 ? COUNT * sizeof(X) : 16,
-                  PIECE = BYTES / sizeof(X);
-    typedef typename WordOf<BYTES>::type Word;
+    typedef Packed<X, COUNT> Pack;
+    X element[COUNT];
+    UNROLL for (int i = 0; i < COUNT; i++) {
+        element[i] = (X)x.v[i];
+    }
     if (WIDE) {
-        X element[COUNT];
-        UNROLL for (int i = 0; i < COUNT; i++) {
-            element[i] = (X)x.v[i];
-        }
-        Word words[COUNT / PIECE];
-        memcpy(words, element, sizeof words);
-        UNROLL for (int i = 0; i < COUNT / PIECE; i++) {
-            if (column < columns) ((Word *)(to + column))[i] = words[i];
+        Pack pack;
+        memcpy(pack.words, element, sizeof element);
+        UNROLL for (int i = 0; i < Pack::WORDS; i++) {
+            if (column < columns) ((typename Pack::Word *)(to + column))[i] = pack.words[i];
         }
     } else {
         UNROLL for (int i = 0; i < COUNT; i++) {
-            if (column + i < columns) to[column + i] = (X)x.v[i];
+            if (column + i < columns) to[column + i] = element[i];
         }
     }
 }
@@ -282,46 +299,71 @@ __device__ inline float block_sum(float v, float part[32]) {
     }
     return sum;
 }
+__device__ inline float block_max(float v, float part[32]) {
+    for (int lanes = 16; lanes; lanes /= 2) {
+        v = max(v, __shfl_xor_sync(~0u, v, lanes));
+    }
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = v;
+    __syncthreads();
+    for (unsigned w = 0; w < blockDim.x / 32; w++) {
+        v = max(v, part[w]);
+    }
+    return v;
+}
 
-// Calls f(K, WIDE, threads): 1 vector a thread, or 2 where 512 threads do not span the columns.
+// Calls f(K, WIDE, threads): 1, 2 or 4 vectors a thread.
 template<class F>
 static void by_columns(size_t columns, bool wide, F f) {
-    typedef std::integral_constant<int, 1> One;
-    typedef std::integral_constant<int, 2> Two;
-    unsigned vectors = pieces(columns, 8);
-    auto threads = [&](unsigned K) { return (unsigned)round_up(pieces(vectors, K), 32); };
-    CHECK(threads(2) <= 512, "rows of %zu columns are too long for the GPU, which takes up to 8192",
+    unsigned vectors = pieces(columns, 8), K = vectors <= 256 ? 1 : vectors <= 640 ? 2 : 4;
+    unsigned threads = (unsigned)round_up(pieces(vectors, K), 32);
+    CHECK(vectors <= 1024, "rows of %zu columns are too long for the GPU, which takes up to 8192",
           columns);
-    if (threads(1) <= 512 && wide) f(One(), std::true_type(), threads(1));
-    else if (threads(1) <= 512) f(One(), std::false_type(), threads(1));
-    else if (wide) f(Two(), std::true_type(), threads(2));
-    else f(Two(), std::false_type(), threads(2));
+    auto with = [&](auto K) {
+        wide ? f(K, std::true_type(), threads) : f(K, std::false_type(), threads);
+    };
+    if (K == 1) with(std::integral_constant<int, 1>());
+    else if (K == 2) with(std::integral_constant<int, 2>());
+    else with(std::integral_constant<int, 4>());
 }
+// Launch bounds of kernels that work on a row while the next one is on its way. They set the
+// registers: 80 and 128 for bf16 with one and two vectors of each tensor, more for the slow rest.
+template<bool WIDE, typename floatX> constexpr bool LEAN = WIDE && sizeof(floatX) == 2;
+template<int K, bool WIDE, typename floatX>
+constexpr int THREADS = K != 2 ? 256 : LEAN<WIDE, floatX> ? 512 : 320;
+template<int K, bool WIDE, typename floatX>
+constexpr int BLOCKS = K == 1 && LEAN<WIDE, floatX> ? 3 : 1;
+template<int K, typename floatX> constexpr bool NEXT_ROW = K * sizeof(floatX) <= 4;
 
 // Sums over rows go in two stages: each of at most PARTS blocks adds up its span of rows, then
-// to[c] += the parts of column c in order.
-constexpr size_t PARTS = 1024;
-__global__ void __launch_bounds__(256)
+// to[c] += the parts of column c in order. PARTS is four blocks for each of Hopper's 132 SMs; where
+// registers are for three, that many, so that the last ones are not left to run alone.
+constexpr size_t PARTS = 4 * 132;
+static size_t rows_of_block(size_t n, int K, unsigned threads) {
+    return pieces(n, 65536 / (threads * (K == 1 ? 80 : 128)) == 3 ? PARTS / 4 * 3 : PARTS);
+}
+__global__ void __launch_bounds__(1024)
 add_parts_kernel(float *to, const float *parts, size_t count, size_t columns, size_t pitch) {
-    __shared__ float sums[8][32];
+    __shared__ float sums[32][33];
     size_t lane = threadIdx.x % 32, slice = threadIdx.x / 32, c = blockIdx.x * (size_t)32 + lane;
     float sum = 0.0f;
-    if (c < columns) {
-        UNROLL for (size_t i = slice; i < count; i += 8) {
-            sum += parts[i * pitch + c];
+    for (size_t first = slice; first < count; first += 32 * 8) {
+        float next[8];                                     // on their way together
+        UNROLL for (int k = 0; k < 8; k++) {
+            size_t i = first + 32 * k;
+            next[k] = i < count && c < columns ? parts[i * pitch + c] : 0.0f;
+        }
+        UNROLL for (int k = 0; k < 8; k++) {
+            sum += next[k];
         }
     }
-    sums[slice][lane] = sum;
+    sums[lane][slice] = sum;
     __syncthreads();
-    if (slice > 0 || c >= columns) return;
-    sum = 0.0f;
-    for (int i = 0; i < 8; i++) {
-        sum += sums[i][lane];
-    }
-    to[c] += sum;
+    sum = warp_sum(sums[slice][lane]);                     // now a column to each warp
+    c = blockIdx.x * (size_t)32 + slice;
+    if (lane == 0 && c < columns) to[c] += sum;
 }
 static void add_parts(float *to, const float *parts, size_t count, size_t columns, size_t pitch) {
-    add_parts_kernel<<<pieces(columns, 32), 256, 0, stream>>>(to, parts, count, columns, pitch);
+    add_parts_kernel<<<pieces(columns, 32), 1024, 0, stream>>>(to, parts, count, columns, pitch);
     LAUNCHED();
 }
 
@@ -420,16 +462,18 @@ __device__ inline void row_sums(float sum[2], float acc[8][4], F f) {
 // == embed ========================================================================================
 // resid = embedding[ids], in float from the master weights
 
-// A block per row, a thread per column.
+// A block per row, 4 columns a thread.
+template<bool WIDE>
 __global__ void __launch_bounds__(256)
 embed_forward_kernel(float *resid, const int *ids, const float *embedding, size_t M) {
     size_t row = blockIdx.x, from = ids[row] * M;
-    for (size_t c = threadIdx.x; c < M; c += blockDim.x) {
-        resid[row * M + c] = embedding[from + c];
+    for (size_t c = threadIdx.x * 4; c < M; c += 256 * 4) {
+        store<WIDE>(resid + row * M, c, M, load<WIDE, 4>(embedding + from, c, M));
     }
 }
 static void embed_forward(const Dims *d, float *resid, const int *ids, const float *embedding) {
-    embed_forward_kernel<<<(unsigned)d->n, 256, 0, stream>>>(resid, ids, embedding, d->M);
+    auto kernel = d->M % 4 ? embed_forward_kernel<false> : embed_forward_kernel<true>;
+    kernel<<<(unsigned)d->n, 256, 0, stream>>>(resid, ids, embedding, d->M);
     LAUNCHED();
 }
 
@@ -476,37 +520,64 @@ static void embed_plan(int *buffer, const int *ids, size_t n, size_t V) {
     free(place);
 }
 
-// parts (segments,M): the sum of the segment's rows of g_resid.
-__global__ void __launch_bounds__(128)
-embed_segments_kernel(float *parts, const float *g_resid, const int *plan, EmbedPlan p, size_t M) {
-    size_t segment = blockIdx.x, c = blockIdx.y * (size_t)128 + threadIdx.x;
-    if (segment >= plan[1] || c >= M) return;
-    float sum = 0.0f;
-    for (int i = p.start[segment]; i < p.start[segment + 1]; i++) {
-        sum += g_resid[p.order[i] * M + c];
+// The sum of the rows of x (.,M) that row(i) names, first <= i < last, in order. A thread has 4
+// columns, and 8 rows on their way.
+template<bool WIDE, class F>
+__device__ inline VecOf<4> sum_rows(const float *x, size_t c, size_t M, int first, int last,
+                                    F row) {
+    VecOf<4> sum = {};
+    for (int i = first; i < last; i += 8) {
+        VecOf<4> next[8];
+        UNROLL for (int k = 0; k < 8; k++) {
+            bool there = i + k < last;
+            next[k] = load<WIDE, 4>(x + (there ? row(i + k) : 0) * M, c, there ? M : 0);
+        }
+        UNROLL for (int k = 0; k < 8; k++) {
+            UNROLL for (int e = 0; e < 4; e++) {
+                sum.v[e] += next[k].v[e];
+            }
+        }
     }
-    parts[segment * M + c] = sum;
+    return sum;
 }
-__global__ void __launch_bounds__(128)
+
+// parts (segments,M): the sum of the segment's rows of g_resid.
+template<bool WIDE>
+__global__ void __launch_bounds__(256)
+embed_segments_kernel(float *parts, const float *g_resid, const int *plan, EmbedPlan p, size_t M) {
+    size_t segment = blockIdx.x, c = (blockIdx.y * (size_t)256 + threadIdx.x) * 4;
+    if (segment >= plan[1] || c >= M) return;
+    store<WIDE>(parts + segment * M, c, M,
+                sum_rows<WIDE>(g_resid, c, M, p.start[segment], p.start[segment + 1],
+                               [&](int i) { return (size_t)p.order[i]; }));
+}
+template<bool WIDE>
+__global__ void __launch_bounds__(256)
 embed_backward_kernel(float *g_embedding, const float *parts, const int *plan, EmbedPlan p,
                       size_t M) {
-    size_t which = blockIdx.x, c = blockIdx.y * (size_t)128 + threadIdx.x;
+    size_t which = blockIdx.x, c = (blockIdx.y * (size_t)256 + threadIdx.x) * 4;
     if (which >= plan[0] || c >= M) return;
-    float sum = 0.0f;
-    for (int segment = p.first[which]; segment < p.first[which + 1]; segment++) {
-        sum += parts[(size_t)segment * M + c];
+    float *row = g_embedding + p.id[which] * M;
+    VecOf<4> g = load<WIDE, 4>(row, c, M),
+             sum = sum_rows<WIDE>(parts, c, M, p.first[which], p.first[which + 1],
+                                  [](int segment) { return (size_t)segment; });
+    UNROLL for (int e = 0; e < 4; e++) {
+        g.v[e] += sum.v[e];
     }
-    g_embedding[p.id[which] * M + c] += sum;
+    store<WIDE>(row, c, M, g);
 }
 
 // g_embedding (V,M) +=; plan, on the device, is what embed_plan made of ids
 static void embed_backward(const Dims *d, float *g_embedding, const float *g_resid, int *plan) {
     float *parts = workspace(d->n * d->M);
     EmbedPlan p = embed_plan_at(plan, d->n);
-    dim3 grid((unsigned)d->n, pieces(d->M, 128));          // as if no id came twice: a fixed shape
-    embed_segments_kernel<<<grid, 128, 0, stream>>>(parts, g_resid, plan, p, d->M);
+    dim3 grid((unsigned)d->n, pieces(d->M, 1024));         // as if no id came twice: a fixed shape
+    bool wide = d->M % 4 == 0;
+    auto segments = wide ? embed_segments_kernel<true> : embed_segments_kernel<false>;
+    auto backward = wide ? embed_backward_kernel<true> : embed_backward_kernel<false>;
+    segments<<<grid, 256, 0, stream>>>(parts, g_resid, plan, p, d->M);
     LAUNCHED();
-    embed_backward_kernel<<<grid, 128, 0, stream>>>(g_embedding, parts, plan, p, d->M);
+    backward<<<grid, 256, 0, stream>>>(g_embedding, parts, plan, p, d->M);
     LAUNCHED();
 }
 
@@ -514,7 +585,7 @@ static void embed_backward(const Dims *d, float *g_embedding, const float *g_res
 // u = x^ w, x^ = resid rstd, rstd = 1 / sqrt(mean of resid^2 + eps)
 // backward, of v = w g_u:  g_resid += rstd (v - x^ mean(x^ v));  g_w += sum over rows of x^ g_u
 template<int K, bool WIDE, typename floatX>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(320)
 rmsnorm_forward_kernel(floatX *u, float *rstd, const float *resid, const float *w, size_t M,
                        float eps) {
     __shared__ float part[32];
@@ -549,62 +620,77 @@ static void rmsnorm_forward(const Dims *d, floatX *u, float *rstd, const float *
 }
 
 template<int K, bool WIDE, typename floatX>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__((THREADS<K, WIDE, floatX>), (BLOCKS<K, WIDE, floatX>))
 rmsnorm_backward_kernel(float *g_resid, float *g_w_parts, floatX *copy, const floatX *g_u,
-                        const float *resid, const float *rstd, const float *w, size_t n, size_t M,
-                        size_t span) {
+                        const float *resid, const float *rstd, const float *w, int add, size_t n,
+                        size_t M, size_t span) {
     __shared__ float part[2][32];
-    Vec weight[K], g_w[K] = {};
-    UNROLL for (int k = 0; k < K; k++) {
-        weight[k] = load<WIDE>(w, (threadIdx.x + k * blockDim.x) * 8, M);
-    }
-    for (size_t row = blockIdx.x * span; row < min(n, (blockIdx.x + 1) * span); row++) {
-        Vec x[K], v[K], g[K];
-        float dot = 0.0f, scale = rstd[row];
+    Vec g_w[K] = {};
+    Packed<float, 8> next_x[K], next_g[K];                 // of the next row, on their way
+    Packed<floatX, 8> next_v[K];
+    float next_scale;
+    size_t first = blockIdx.x * span, last = min(n, first + span);
+    auto column = [&](int k) { return (int)((threadIdx.x + k * blockDim.x) * 8); };
+    auto fetch_row = [&](size_t row) {
+        size_t columns = row < last ? M : 0;
+        next_scale = row < last ? rstd[row] : 0.0f;
         UNROLL for (int k = 0; k < K; k++) {
-            size_t c = (threadIdx.x + k * blockDim.x) * 8;
-            x[k] = load<WIDE>(resid + row * M, c, M);
-            v[k] = load<WIDE>(g_u + row * M, c, M);
-            g[k] = load<WIDE>(g_resid + row * M, c, M);
+            next_x[k] = fetch<WIDE>(resid + row * M, column(k), columns);
+            next_v[k] = fetch<WIDE>(g_u + row * M, column(k), columns);
+            next_g[k] = fetch<WIDE>(g_resid + row * M, column(k), add ? columns : 0);
+        }
+    };
+    if (NEXT_ROW<K, floatX>) fetch_row(first);
+    for (size_t row = first; row < last; row++) {
+        if (!NEXT_ROW<K, floatX>) fetch_row(row);
+        Vec x[K], v[K], g[K];
+        float dot = 0.0f, scale = next_scale;
+        UNROLL for (int k = 0; k < K; k++) {
+            Vec weight = load<WIDE>(w, column(k), M);
+            x[k] = next_x[k].unpacked();
+            v[k] = next_v[k].unpacked();
+            g[k] = next_g[k].unpacked();
             UNROLL for (int i = 0; i < 8; i++) {
                 x[k].v[i] *= scale;
                 g_w[k].v[i] += x[k].v[i] * v[k].v[i];
-                v[k].v[i] *= weight[k].v[i];
+                v[k].v[i] *= weight.v[i];
                 dot += x[k].v[i] * v[k].v[i];
             }
         }
+        if (NEXT_ROW<K, floatX>) fetch_row(row + 1);
         dot = block_sum(dot, part[row % 2]) / M;
         UNROLL for (int k = 0; k < K; k++) {
-            size_t c = (threadIdx.x + k * blockDim.x) * 8;
             UNROLL for (int i = 0; i < 8; i++) {
                 g[k].v[i] += scale * (v[k].v[i] - x[k].v[i] * dot);
             }
-            store<WIDE>(g_resid + row * M, c, M, g[k]);
-            store<WIDE>(copy + row * M, c, M, g[k]);
+            store<WIDE>(g_resid + row * M, column(k), M, g[k]);
+            store<WIDE>(copy + row * M, column(k), M, g[k]);
         }
     }
     UNROLL for (int k = 0; k < K; k++) {
-        store<WIDE>(g_w_parts + blockIdx.x * M, (threadIdx.x + k * blockDim.x) * 8, M, g_w[k]);
+        store<WIDE>(g_w_parts + blockIdx.x * M, column(k), M, g_w[k]);
     }
 }
-// g_resid, g_w +=; copy: the new g_resid in floatX, for the products that follow
+// g_w +=, g_resid += or, without add, =; copy: the new g_resid in floatX, for the products that
+// follow
 template<typename floatX>
 static void rmsnorm_backward(const Dims *d, float *g_resid, float *g_w, const floatX *g_u,
-                             const float *resid, const float *rstd, const float *w, floatX *copy) {
-    size_t span = pieces(d->n, PARTS), parts = pieces(d->n, span);
-    float *g_w_parts = workspace(parts * d->M);
+                             const float *resid, const float *rstd, const float *w, floatX *copy,
+                             int add) {
+    float *g_w_parts = workspace(PARTS * d->M);
     by_columns(d->M, d->M % 8 == 0, [&](auto K, auto WIDE, unsigned threads) {
+        size_t span = rows_of_block(d->n, K(), threads), parts = pieces(d->n, span);
         rmsnorm_backward_kernel<K(), WIDE(), floatX><<<(unsigned)parts, threads, 0, stream>>>(
-            g_resid, g_w_parts, copy, g_u, resid, rstd, w, d->n, d->M, span);
+            g_resid, g_w_parts, copy, g_u, resid, rstd, w, add, d->n, d->M, span);
+        LAUNCHED();
+        add_parts(g_w, g_w_parts, parts, d->M, d->M);
     });
-    LAUNCHED();
-    add_parts(g_w, g_w_parts, parts, d->M, d->M);
 }
 
 // == linear =======================================================================================
 // out = in weight^T;  g_in = g_out weight;  g_weight = g_out^T in
-// cuBLASLt takes the first algorithm that its heuristic names for a shape and keeps it: an
-// algorithm chosen by timing would change the bits from run to run.
+// cuBLASLt takes the first algorithm that its heuristic names for a shape, or the one in this
+// file's table, and keeps it: an algorithm chosen by timing would change the bits from run to run.
 constexpr size_t CUBLAS_WORKSPACE = 32 << 20;
 
 template<typename X> constexpr cudaDataType_t data_type() {
@@ -622,10 +708,43 @@ struct ProductPlan {
     Product product;
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t a, b, out;
-    cublasLtMatmulHeuristicResult_t result;
+    cublasLtMatmulAlgo_t algo;
 };
 
 static cublasLtHandle_t cublas;
+
+// Products for which another of the heuristic's proposals is 5 to 14% faster than its first: the
+// projections of 130m, 370m and 1.3b at 32K and 16K tokens, on an H200 with cuBLAS 13.1.
+struct Choice {
+    size_t m, n, k;
+    int a_trans, b_trans, tile, cluster, custom;
+};
+constexpr int TILE_128x128 = 20, TILE_128x160 = 29, TILE_168x128 = 197, CLUSTER_2x1 = 3,
+              CLUSTER_1x2 = 5;
+constexpr Choice CHOICES[] = {
+    {32768, 3352, 768, 0, 1, TILE_168x128, CLUSTER_1x2, 2},            // 130m: in_proj
+    {3352, 768, 32768, 1, 0, TILE_128x160, CLUSTER_2x1, 1},            // g_in_proj
+    {32768, 768, 1536, 0, 1, TILE_128x128, CLUSTER_2x1, 1},            // out_proj
+    {32768, 1536, 768, 0, 0, TILE_128x160, CLUSTER_2x1, 1},            // its g_in
+    {32768, 1024, 2048, 0, 1, TILE_128x128, CLUSTER_2x1, 1},           // 370m: out_proj
+    {32768, 2048, 1024, 0, 0, TILE_128x160, CLUSTER_2x1, 1},
+    {16384, 4096, 2048, 0, 0, TILE_128x160, CLUSTER_2x1, 1},           // 1.3b
+};
+
+template<typename X>
+static int attribute(const cublasLtMatmulAlgo_t &algo, cublasLtMatmulAlgoConfigAttributes_t which) {
+    X value = 0;
+    size_t size;
+    CUBLAS(cublasLtMatmulAlgoConfigGetAttribute(&algo, which, &value, sizeof value, &size));
+    return (int)value;
+}
+static bool is_chosen(const Choice &c, const Product &p, const cublasLtMatmulAlgo_t &algo) {
+    return p.in == CUDA_R_16BF && c.m == p.m && c.n == p.n && c.k == p.k &&
+           c.a_trans == p.a_trans && c.b_trans == p.b_trans &&
+           attribute<uint32_t>(algo, CUBLASLT_ALGO_CONFIG_TILE_ID) == c.tile &&
+           attribute<uint16_t>(algo, CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID) == c.cluster &&
+           attribute<uint32_t>(algo, CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION) == c.custom;
+}
 
 static cublasLtMatrixLayout_t layout(cudaDataType_t type, size_t rows, size_t columns,
                                      size_t pitch) {
@@ -655,10 +774,17 @@ static ProductPlan plan_product(const Product &p) {
         wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room, sizeof room));
     CUBLAS(cublasLtMatmulPreferenceSetAttribute(
         wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction, sizeof reduction));
+    cublasLtMatmulHeuristicResult_t proposed[16];
     int found = 0;
     CUBLAS(cublasLtMatmulAlgoGetHeuristic(cublas, plan.desc, plan.b, plan.a, plan.out, plan.out,
-                                          wish, 1, &plan.result, &found));
+                                          wish, 16, proposed, &found));
     CHECK(found, "cuBLAS has no algorithm for a product of %zu x %zu x %zu", p.m, p.n, p.k);
+    plan.algo = proposed[0].algo;
+    for (const Choice &c : CHOICES) {
+        for (int i = 0; i < found; i++) {
+            if (is_chosen(c, p, proposed[i].algo)) plan.algo = proposed[i].algo;
+        }
+    }
     CUBLAS(cublasLtMatmulPreferenceDestroy(wish));
     return plan;
 }
@@ -722,7 +848,7 @@ static void gemm(Out *out, const In *a, const In *b, const Out *from, int add, P
     const ProductPlan &plan = plans[i];
     float one = 1.0f, beta = add ? 1.0f : 0.0f;
     CUBLAS(cublasLtMatmul(cublas, plan.desc, &one, b, plan.b, a, plan.a, &beta, from, plan.out, out,
-                          plan.out, &plan.result.algo, room, CUBLAS_WORKSPACE, stream));
+                          plan.out, &plan.algo, room, CUBLAS_WORKSPACE, stream));
 }
 
 // out (n,O) (+)= in (n,I) weight(O,I)^T; pitch: of a row of out, when it is not O
@@ -746,24 +872,26 @@ static void linear_backward(floatX *g_in, float *g_weight, const floatX *g_out, 
 // xBC_t = silu(pre_t), pre_t = b + sum over k of w_k in_{t-(W-1)+k}; in: x | B | C of zxBCdt
 // backward: g_pre = g_xBC silu'(pre);  g_in_t = sum over k of w_k g_pre_{t+(W-1)-k};
 //           g_w_k += sum over t of g_pre_t in_{t-(W-1)+k};  g_b += sum of g_pre
-// A thread walks CONV_ROWS steps of CHANNELS channels with the last TAPS inputs in registers. TAPS
-// is W, or more: missing taps are the oldest, with weight 0.
-constexpr int CONV_ROWS = 32;
+// A thread walks CONV_ROWS steps of CHANNELS channels with the last TAPS inputs in registers, and
+// the next AT_ONCE steps on their way. TAPS is W, or more: missing taps are the oldest, weight 0.
+constexpr int CONV_ROWS = 64, AT_ONCE = 4;
 
-template<int TAPS, bool WIDE, int CHANNELS, typename floatX>
+template<int TAPS, bool WIDE, bool PACKED, typename floatX>
 struct Conv {
+    static constexpr int CHANNELS = TAPS <= 4 ? 4 : 2;
     typedef VecOf<CHANNELS> Channels;
+    typedef Packed<floatX, CHANNELS> Pack;
     const Dims &d;
-    int c;                                                 // first channel
-    const floatX *rows, *past;                             // of this row of the batch, from x on
+    int c, left;                                           // first channel; channels from it on
+    const floatX *rows, *past;                             // of this row of the batch, from c on
     const int *doc;
     Channels w[TAPS], b, in[TAPS];                         // in[k]: the input under tap k
 
     __device__ Conv(const Dims &d, size_t r, int c, const floatX *zxBCdt, const float *weight,
                     const float *bias, const floatX *all_past, const int *docs)
-        : d(d), c(c), rows(zxBCdt + r * d.T * d.pitch + d.E), past(all_past), doc(docs) {
-        if (past) past += r * (d.W - 1) * d.S;
-        if (doc) doc += r * d.T;
+        : d(d), c(c), left(max((int)d.S - c, 0)), rows(zxBCdt + r * d.T * d.pitch + d.E + c),
+          past(all_past), doc(PACKED ? docs + r * d.T : NULL) {
+        if (past) past += r * (d.W - 1) * d.S + c;
         if (d.W == TAPS) {                                 // channel by channel, TAPS each
             VecOf<CHANNELS *TAPS> all = load<WIDE, CHANNELS * TAPS>(weight, c * TAPS, d.S * TAPS);
             UNROLL for (int i = 0; i < CHANNELS * TAPS; i++) {
@@ -778,30 +906,28 @@ struct Conv {
         }
         b = load<WIDE, CHANNELS>(bias, c, d.S);
     }
-    __device__ Channels input(int t) const {               // t >= 0; past the end zeros
-        return load<WIDE, CHANNELS>(rows + t * d.pitch, c, t < (int)d.T ? d.S : 0);
-    }
-    __device__ Channels earlier(int t) const {             // t < 0
+    __device__ Channels input(int t) const {               // before `past` zeros
         int place = t + (int)d.W - 1;                      // in past (W-1,S)
-        return past && place >= 0 ? load<WIDE, CHANNELS>(past + place * d.S, c, d.S) : Channels{};
+        if (t >= 0) return load<WIDE, CHANNELS>(rows + t * d.pitch, 0, left);
+        return past && place >= 0 ? load<WIDE, CHANNELS>(past + place * d.S, 0, left) : Channels{};
     }
     __device__ void start(int t) {                         // before the first call of next(t)
         UNROLL for (int k = 1; k < TAPS; k++) {
-            in[k] = t - TAPS + k < 0 ? earlier(t - TAPS + k) : input(t - TAPS + k);
+            in[k] = input(t - TAPS + k);
         }
     }
     __device__ int reach(int t) const {                    // how many steps back step t sees
-        int back = doc ? 0 : TAPS;
-        while (doc && back + 1 < TAPS && doc[t] == (t > back ? doc[t - back - 1] : 0)) back++;
+        if (!PACKED) return TAPS;
+        int back = 0;
+        while (back + 1 < TAPS && doc[t] == (t > back ? doc[t - back - 1] : 0)) back++;
         return back;
     }
-    __device__ Channels next(int t, const Channels &now) { // takes in step t, gives pre_t
+    __device__ Channels next(int far, const Channels &now) {   // takes in a step, gives its pre
         UNROLL for (int k = 1; k < TAPS; k++) {
             in[k - 1] = in[k];
         }
         in[TAPS - 1] = now;
         Channels pre = b;
-        int far = reach(t);
         UNROLL for (int k = 0; k < TAPS; k++) {
             if (TAPS - 1 - k > far) continue;
             UNROLL for (int i = 0; i < CHANNELS; i++) {
@@ -811,125 +937,160 @@ struct Conv {
         return pre;
     }
 };
+// The next AT_ONCE rows of x, `left` channels of each; zeros from row `last` on
+template<bool WIDE, class Pack, typename floatX>
+__device__ inline void fetch_steps(Pack next[AT_ONCE], const floatX *&x, size_t pitch, int left,
+                                   int t, int last) {
+    UNROLL for (int k = 0; k < AT_ONCE; k++) {
+        next[k] = fetch<WIDE, Pack::COUNT>(x, 0, t + k < last ? left : 0);
+        x += pitch;
+    }
+}
 
-template<int TAPS, bool WIDE, typename floatX>
-__global__ void __launch_bounds__(256, TAPS <= 4 ? 2 : 1)
+template<int TAPS, bool WIDE, bool PACKED, typename floatX>
+__global__ void __launch_bounds__(256, (LEAN<WIDE, floatX>) ? 3 : 1)
 conv1d_forward_kernel(floatX *xBC, const floatX *zxBCdt, const float *w, const float *b,
                       const floatX *past, const int *doc, Dims d) {
-    int c = (blockIdx.y * 32 + threadIdx.x % 32) * 8, T = d.T;
-    int t0 = (blockIdx.x * 8 + threadIdx.x / 32) * CONV_ROWS;
+    typedef Conv<TAPS, WIDE, PACKED, floatX> Conv;
+    int c = (blockIdx.y * 32 + threadIdx.x % 32) * Conv::CHANNELS;
+    int t0 = (blockIdx.x * 8 + threadIdx.x / 32) * CONV_ROWS, last = min(t0 + CONV_ROWS, (int)d.T);
     size_t r = blockIdx.z;
-    if (c >= d.S || t0 >= T) return;
-    xBC += r * d.T * d.S;
-    Conv<TAPS, WIDE, 8, floatX> conv(d, r, c, zxBCdt, w, b, past, doc);
+    if (c >= d.S || t0 >= d.T) return;
+    Conv conv(d, r, c, zxBCdt, w, b, past, doc);
+    typename Conv::Pack ahead[AT_ONCE];
+    const floatX *from = conv.rows + t0 * d.pitch;
+    floatX *to = xBC + (r * d.T + t0) * d.S + c;
     conv.start(t0);
-    for (int t = t0; t < min(t0 + CONV_ROWS, T); t += 2) {
-        Vec in[2];                                         // two loads at a time are on their way
-        UNROLL for (int k = 0; k < 2; k++) {
-            in[k] = conv.input(t + k);
+    fetch_steps<WIDE>(ahead, from, d.pitch, conv.left, t0, last);
+    for (int t = t0; t < last; t += AT_ONCE) {
+        typename Conv::Channels x[AT_ONCE];
+        UNROLL for (int k = 0; k < AT_ONCE; k++) {
+            x[k] = ahead[k].unpacked();
         }
-        UNROLL for (int k = 0; k < 2; k++) {
-            if (t + k >= T) break;
-            Vec x = conv.next(t + k, in[k]);
-            UNROLL for (int i = 0; i < 8; i++) {
-                x.v[i] *= sigmoid<floatX>(x.v[i]);
+        fetch_steps<WIDE>(ahead, from, d.pitch, conv.left, t + AT_ONCE, last);
+        UNROLL for (int k = 0; k < AT_ONCE; k++) {
+            x[k] = conv.next(conv.reach(min(t + k, last - 1)), x[k]);
+            UNROLL for (int i = 0; i < Conv::CHANNELS; i++) {
+                x[k].v[i] *= sigmoid<floatX>(x[k].v[i]);
             }
-            store<WIDE>(xBC + (t + k) * d.S, c, d.S, x);
+            store<WIDE>(to, 0, t + k < last ? conv.left : 0, x[k]);
+            to += d.S;
         }
     }
 }
 
-// Calls f(TAPS, WIDE).
+// Calls f(TAPS, WIDE, PACKED).
 template<class F>
-static void by_taps(const Dims *d, F f) {
+static void by_taps(const Dims *d, const int *doc, F f) {
     typedef std::integral_constant<int, 4> Four;
     typedef std::integral_constant<int, 8> Eight;
     CHECK(d->W >= 1 && d->W <= 8, "d_conv is %zu; the GPU takes 1 to 8", d->W);
-    if (d->W > 4) f(Eight(), std::false_type());
-    else if (d->S % 8 == 0 && d->E % 8 == 0) f(Four(), std::true_type());
-    else f(Four(), std::false_type());
+    auto with = [&](auto TAPS, auto WIDE) {
+        doc ? f(TAPS, WIDE, std::true_type()) : f(TAPS, WIDE, std::false_type());
+    };
+    if (d->W > 4) with(Eight(), std::false_type());
+    else if (d->S % 8 == 0 && d->E % 8 == 0) with(Four(), std::true_type());
+    else with(Four(), std::false_type());
+}
+static dim3 conv_grid(const Dims *d) {
+    unsigned channels = d->W <= 4 ? 128 : 64;              // of a block
+    return dim3(pieces(d->T, 8 * CONV_ROWS), pieces(d->S, channels), (unsigned)d->R);
 }
 
 // w (S,W), b (S), past (R,W-1,S): xBC before this row, or NULL
 template<typename floatX>
 static void conv1d_forward(const Dims *d, floatX *xBC, const floatX *zxBCdt, const float *w,
                            const float *b, const floatX *past, const int *doc) {
-    dim3 grid(pieces(d->T, 8 * CONV_ROWS), pieces(d->S, 256), (unsigned)d->R);
-    by_taps(d, [&](auto TAPS, auto WIDE) {
-        conv1d_forward_kernel<TAPS(), WIDE(), floatX><<<grid, 256, 0, stream>>>(
-            xBC, zxBCdt, w, b, past, doc, *d);
+    by_taps(d, doc, [&](auto TAPS, auto WIDE, auto PACKED) {
+        conv1d_forward_kernel<TAPS(), WIDE(), PACKED(), floatX>
+            <<<conv_grid(d), 256, 0, stream>>>(xBC, zxBCdt, w, b, past, doc, *d);
     });
     LAUNCHED();
 }
 
 // A thread goes TAPS - 1 steps past its own: g_in_t needs g_pre up to t + TAPS - 1. due[k] is what
-// g_in has so far at the step that is under tap k. parts (grid.x * R, S W | S): of g_w and g_b.
-template<int TAPS, bool WIDE, typename floatX>
-__global__ void __launch_bounds__(256, TAPS <= 4 ? 2 : 1)
+// g_in has so far at the step that is under tap k. Past the end g is 0, and so is all that comes of
+// it. parts (grid.x * R, S W | S): of g_w and g_b.
+template<int TAPS, bool WIDE, bool PACKED, typename floatX>
+__global__ void __launch_bounds__(256, (LEAN<WIDE, floatX>) ? 2 : 1)
 conv1d_backward_kernel(floatX *g_zxBCdt, float *parts, const floatX *g_xBC, const floatX *zxBCdt,
                        const float *w, const float *b, const floatX *past, const int *doc, Dims d) {
-    __shared__ float sums[8][128];
-    typedef VecOf<4> Channels;
+    typedef Conv<TAPS, WIDE, PACKED, floatX> Conv;
+    typedef typename Conv::Channels Channels;
+    constexpr int CHANNELS = Conv::CHANNELS, ACROSS = 32 * CHANNELS;
+    __shared__ float sums[TAPS + 1][8][ACROSS];
     int lane = threadIdx.x % 32, slice = threadIdx.x / 32, T = d.T;
-    int c = (blockIdx.y * 32 + lane) * 4, t0 = (blockIdx.x * 8 + slice) * CONV_ROWS;
+    int c = blockIdx.y * ACROSS + lane * CHANNELS;
+    int t0 = min((int)(blockIdx.x * 8 + slice) * CONV_ROWS, T), own = min(t0 + CONV_ROWS, T);
+    int last = min(own + TAPS - 1, T);
     size_t r = blockIdx.z;
-    g_xBC += r * d.T * d.S;
-    g_zxBCdt += r * d.T * d.pitch + d.E;
-    Conv<TAPS, WIDE, 4, floatX> conv(d, r, c, zxBCdt, w, b, past, doc);
+    Conv conv(d, r, c, zxBCdt, w, b, past, doc);
+    const floatX *from = conv.rows + t0 * d.pitch, *from_g = g_xBC + (r * T + t0) * d.S + c;
+    floatX *to = g_zxBCdt + (r * T + t0) * d.pitch + d.E + c;
     Channels due[TAPS] = {}, g_w[TAPS + 1] = {};           // g_w[TAPS]: g_b
-    auto step = [&](int t, const Channels &now, Channels g) {
+    typename Conv::Pack ahead[AT_ONCE], ahead_g[AT_ONCE];
+    auto fetch_both = [&](int t) {
+        fetch_steps<WIDE>(ahead, from, d.pitch, conv.left, t, last);
+        fetch_steps<WIDE>(ahead_g, from_g, d.S, conv.left, t, last);
+    };
+    auto step = [&](int t, const Channels &now, Channels g, bool of_own) {
+        int far = conv.reach(min(t, T - 1)), done = t - (TAPS - 1);
+        Channels pre = conv.next(far, now);
         UNROLL for (int k = 1; k < TAPS; k++) {
             due[k - 1] = due[k];
         }
         due[TAPS - 1] = Channels{};
-        if (t < T) {
-            Channels pre = conv.next(t, now);
-            float own = t < t0 + CONV_ROWS ? 1.0f : 0.0f;  // of this thread's sums
-            int far = conv.reach(t);
-            UNROLL for (int i = 0; i < 4; i++) {
-                float s = sigmoid<floatX>(pre.v[i]);
-                g.v[i] *= s * (1.0f + pre.v[i] * (1.0f - s));
-                g_w[TAPS].v[i] += own * g.v[i];
-            }
-            UNROLL for (int k = 0; k < TAPS; k++) {
-                if (TAPS - 1 - k > far) continue;
-                UNROLL for (int i = 0; i < 4; i++) {
-                    due[k].v[i] += conv.w[k].v[i] * g.v[i];
-                    g_w[k].v[i] += conv.in[k].v[i] * (own * g.v[i]);
-                }
+        UNROLL for (int i = 0; i < CHANNELS; i++) {
+            float s = sigmoid<floatX>(pre.v[i]);
+            g.v[i] *= s * (1.0f + pre.v[i] * (1.0f - s));
+            if (of_own) g_w[TAPS].v[i] += g.v[i];
+        }
+        UNROLL for (int k = 0; k < TAPS; k++) {
+            if (TAPS - 1 - k > far) continue;
+            UNROLL for (int i = 0; i < CHANNELS; i++) {
+                due[k].v[i] += conv.w[k].v[i] * g.v[i];
+                if (of_own) g_w[k].v[i] += conv.in[k].v[i] * g.v[i];
             }
         }
-        int done = t - (TAPS - 1);
-        if (done >= t0 && done < T) {
-            store<WIDE>(g_zxBCdt + done * d.pitch, c, d.S, due[0]);
+        if (done < t0) return;
+        store<WIDE>(to, 0, done < own ? conv.left : 0, due[0]);
+        to += d.pitch;
+    };
+    auto steps = [&](int t, bool of_own) {
+        typename Conv::Pack in[AT_ONCE], g[AT_ONCE];
+        UNROLL for (int k = 0; k < AT_ONCE; k++) {
+            in[k] = ahead[k], g[k] = ahead_g[k];
+        }
+        fetch_both(t + AT_ONCE);
+        UNROLL for (int k = 0; k < AT_ONCE; k++) {
+            step(t + k, in[k].unpacked(), g[k].unpacked(), of_own);
         }
     };
     conv.start(t0);
-    for (int t = t0; t < t0 + CONV_ROWS + TAPS - 1 && t0 < T; t += 2) {
-        Channels in[2], g[2];                              // four loads at a time are on their way
-        UNROLL for (int k = 0; k < 2; k++) {
-            in[k] = conv.input(t + k);
-            g[k] = load<WIDE, 4>(g_xBC + (t + k) * d.S, c, t + k < T ? d.S : 0);
-        }
-        UNROLL for (int k = 0; k < 2; k++) {
-            if (t + k < t0 + CONV_ROWS + TAPS - 1) step(t + k, in[k], g[k]);
+    fetch_both(t0);
+    int t = t0;
+    for (; t < own; t += AT_ONCE) {
+        steps(t, true);
+    }
+    for (; t < own + TAPS - 1; t += AT_ONCE) {
+        steps(t, false);
+    }
+    UNROLL for (int k = 0; k <= TAPS; k++) {
+        UNROLL for (int i = 0; i < CHANNELS; i++) {
+            sums[k][slice][lane * CHANNELS + i] = g_w[k].v[i];
         }
     }
+    __syncthreads();
     parts += (r * gridDim.x + blockIdx.x) * d.S * (d.W + 1);
-    size_t mine = blockIdx.y * 128 + threadIdx.x;      // the channel whose sums this thread adds up
-    UNROLL for (int k = 0; k <= TAPS; k++) {
-        __syncthreads();
-        UNROLL for (int i = 0; i < 4; i++) {
-            sums[slice][lane * 4 + i] = g_w[k].v[i];
-        }
-        __syncthreads();
-        int tap = k + (int)d.W - TAPS;
-        if (threadIdx.x >= 128 || mine >= d.S || tap < 0) continue;
+    for (int i = threadIdx.x; i < (TAPS + 1) * ACROSS; i += 256) {
+        int k = i / ACROSS, column = i % ACROSS, tap = k + (int)d.W - TAPS;
+        size_t channel = blockIdx.y * ACROSS + column;
         float sum = 0.0f;
-        for (int s = 0; s < 8; s++) {
-            sum += sums[s][threadIdx.x];
+        UNROLL for (int s = 0; s < 8; s++) {
+            sum += sums[k][s][column];
         }
-        parts[k < TAPS ? mine * d.W + tap : d.S * d.W + mine] = sum;
+        if (channel >= d.S || tap < 0) continue;
+        parts[k < TAPS ? channel * d.W + tap : d.S * d.W + channel] = sum;
     }
 }
 
@@ -938,11 +1099,11 @@ template<typename floatX>
 static void conv1d_backward(const Dims *d, floatX *g_zxBCdt, float *g_w, float *g_b,
                             const floatX *g_xBC, const floatX *zxBCdt, const float *w,
                             const float *b, const floatX *past, const int *doc) {
-    dim3 grid(pieces(d->T, 8 * CONV_ROWS), pieces(d->S, 128), (unsigned)d->R);
+    dim3 grid = conv_grid(d);
     size_t count = grid.x * d->R, weights = d->S * d->W, pitch = weights + d->S;
     float *parts = workspace(count * pitch);
-    by_taps(d, [&](auto TAPS, auto WIDE) {
-        conv1d_backward_kernel<TAPS(), WIDE(), floatX><<<grid, 256, 0, stream>>>(
+    by_taps(d, doc, [&](auto TAPS, auto WIDE, auto PACKED) {
+        conv1d_backward_kernel<TAPS(), WIDE(), PACKED(), floatX><<<grid, 256, 0, stream>>>(
             g_zxBCdt, parts, g_xBC, zxBCdt, w, b, past, doc, *d);
     });
     LAUNCHED();
@@ -955,41 +1116,57 @@ static void conv1d_backward(const Dims *d, floatX *g_zxBCdt, float *g_w, float *
 // backward: g_raw = g_dt sigmoid(raw + dt_bias), 0 where clamped;  g_dt_bias += sum of g_raw
 __device__ inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
+// Warps have 32 heads, and DT_ROWS rows at a time, whose loads are on their way together.
+constexpr int DT_ROWS = 4;
+
 template<typename floatX>
 __global__ void __launch_bounds__(256)
 dt_forward_kernel(float *dt, const floatX *zxBCdt, const float *dt_bias, Dims d) {
-    size_t i = blockIdx.x * (size_t)256 + threadIdx.x, row = i / d.H, h = i % d.H;
-    if (row >= d.n) return;
-    float step = softplus((float)zxBCdt[row * d.pitch + d.E + d.S + h] + dt_bias[h]);
-    dt[i] = min(max(step, d.dt_lo), d.dt_hi);
+    size_t h = blockIdx.y * (size_t)32 + threadIdx.x % 32;
+    size_t first = (blockIdx.x * (size_t)8 + threadIdx.x / 32) * DT_ROWS;
+    float raw[DT_ROWS];
+    if (h >= d.H) return;
+    UNROLL for (int k = 0; k < DT_ROWS; k++) {
+        size_t row = min(first + k, d.n - 1);
+        raw[k] = (float)zxBCdt[row * d.pitch + d.E + d.S + h] + dt_bias[h];
+    }
+    UNROLL for (int k = 0; k < DT_ROWS; k++) {
+        if (first + k >= d.n) break;
+        dt[(first + k) * d.H + h] = min(max(softplus(raw[k]), d.dt_lo), d.dt_hi);
+    }
 }
 template<typename floatX>
 static void dt_forward(const Dims *d, float *dt, const floatX *zxBCdt, const float *dt_bias) {
-    dt_forward_kernel<floatX>
-        <<<pieces(d->n * d->H, 256), 256, 0, stream>>>(dt, zxBCdt, dt_bias, *d);
+    dim3 grid(pieces(d->n, 8 * DT_ROWS), pieces(d->H, 32));
+    dt_forward_kernel<floatX><<<grid, 256, 0, stream>>>(dt, zxBCdt, dt_bias, *d);
     LAUNCHED();
 }
 
-// A block has 32 heads and a span of rows. It also clears the columns that round the pitch up.
+// A block has a span of rows. It also clears the columns that round the pitch up.
 template<typename floatX>
 __global__ void __launch_bounds__(256)
 dt_backward_kernel(floatX *g_zxBCdt, float *parts, const float *g_dt, const floatX *zxBCdt,
                    const float *dt_bias, Dims d, size_t span) {
     __shared__ float sums[8][32];
     size_t lane = threadIdx.x % 32, slice = threadIdx.x / 32, h = blockIdx.y * (size_t)32 + lane;
-    size_t last = min(d.n, (blockIdx.x + 1) * span);
-    float sum = 0.0f;
-    for (size_t row = blockIdx.x * span + slice; row < last; row += 8) {
-        size_t at = row * d.pitch + d.E + d.S + h;
-        if (h < d.H) {
-            float raw = (float)zxBCdt[at] + dt_bias[h], step = softplus(raw),
-                  g = g_dt[row * d.H + h];
-            if (step < d.dt_lo || step > d.dt_hi) g = 0.0f;
-            if (raw <= 20.0f) g *= sigmoid<float>(raw);
-            g_zxBCdt[at] = (floatX)g;
-            sum += g;
-        } else if (h < d.H + d.pitch - d.Z) {
-            g_zxBCdt[at] = (floatX)0.0f;
+    size_t begin = blockIdx.x * span, end = min(d.n, begin + span);
+    float sum = 0.0f, bias = h < d.H ? dt_bias[h] : 0.0f;
+    for (size_t first = begin + slice; first < end; first += 8 * DT_ROWS) {
+        float raw[DT_ROWS], g[DT_ROWS];
+        UNROLL for (int k = 0; k < DT_ROWS; k++) {
+            size_t row = first + 8 * k;
+            bool there = row < end && h < d.H;
+            raw[k] = there ? (float)zxBCdt[row * d.pitch + d.E + d.S + h] + bias : 0.0f;
+            g[k] = there ? g_dt[row * d.H + h] : 0.0f;
+        }
+        UNROLL for (int k = 0; k < DT_ROWS; k++) {
+            size_t row = first + 8 * k;
+            float step = softplus(raw[k]);
+            if (step < d.dt_lo || step > d.dt_hi) g[k] = 0.0f;
+            if (raw[k] <= 20.0f) g[k] *= sigmoid<float>(raw[k]);
+            sum += g[k];
+            if (row >= end || h >= d.H + d.pitch - d.Z) continue;
+            g_zxBCdt[row * d.pitch + d.E + d.S + h] = (floatX)g[k];
         }
     }
     sums[slice][lane] = sum;
@@ -1682,7 +1859,7 @@ static void ssd_backward(const Dims *d, floatX *g_xBC, float *g_dt, float *g_A_l
 //           g_w += sum over rows of v^ g_o
 
 template<int K, bool WIDE, typename floatX>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(320)
 gated_rmsnorm_forward_kernel(floatX *o, float *rstd, const floatX *y, const floatX *zxBCdt,
                              const float *w, Dims d) {
     __shared__ float part[32];
@@ -1722,62 +1899,62 @@ static void gated_rmsnorm_forward(const Dims *d, floatX *o, float *rstd, const f
 }
 
 template<int K, bool WIDE, typename floatX>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__((THREADS<K, WIDE, floatX>), (BLOCKS<K, WIDE, floatX>))
 gated_rmsnorm_backward_kernel(floatX *g_y, floatX *g_zxBCdt, float *g_w_parts,
                               const floatX *g_o, const floatX *y, const floatX *zxBCdt,
                               const float *rstd, const float *w, Dims d, size_t span) {
     __shared__ float part[2][32];
-    size_t columns = d.E / d.G, first = blockIdx.y * columns;
-    Vec weight[K], g_w[K] = {};
-    UNROLL for (int k = 0; k < K; k++) {
-        weight[k] = load<WIDE>(w + first, (threadIdx.x + k * blockDim.x) * 8, columns);
-    }
-    size_t begin = blockIdx.x * span, end = min(d.n, begin + span);
-    Vec next[K][3];                                       // g_o, y, z of the next row, on their way
-    float next_scale = 0.0f;
-    auto fetch = [&](size_t row) {
-        next_scale = rstd[row * d.G + blockIdx.y];
+    size_t columns = d.E / d.G, group = blockIdx.y * columns;
+    size_t first = blockIdx.x * span, last = min(d.n, first + span);
+    Vec g_w[K] = {};
+    Packed<floatX, 8> next_g[K], next_y[K], next_z[K];     // of the next row, on their way
+    float next_scale;
+    auto column = [&](int k) { return (int)((threadIdx.x + k * blockDim.x) * 8); };
+    auto fetch_row = [&](size_t row) {
+        size_t there = row < last ? columns : 0;
+        next_scale = row < last ? rstd[row * d.G + blockIdx.y] : 0.0f;
         UNROLL for (int k = 0; k < K; k++) {
-            size_t c = (threadIdx.x + k * blockDim.x) * 8;
-            next[k][0] = load<WIDE>(g_o + row * d.E + first, c, columns);
-            next[k][1] = load<WIDE>(y + row * d.E + first, c, columns);
-            next[k][2] = load<WIDE>(zxBCdt + row * d.pitch + first, c, columns);
+            next_g[k] = fetch<WIDE>(g_o + row * d.E + group, column(k), there);
+            next_y[k] = fetch<WIDE>(y + row * d.E + group, column(k), there);
+            next_z[k] = fetch<WIDE>(zxBCdt + row * d.pitch + group, column(k), there);
         }
     };
-    if (begin < end) fetch(begin);
-    for (size_t row = begin; row < end; row++) {
-        Vec g[K], x[K], z[K];
+    if (NEXT_ROW<K, floatX>) fetch_row(first);
+    for (size_t row = first; row < last; row++) {
+        if (!NEXT_ROW<K, floatX>) fetch_row(row);
+        Packed<floatX, 8> in[K];
+        Vec g[K], silu[K], slope[K];                       // of silu, at z
         float dot = 0.0f, scale = next_scale;
         UNROLL for (int k = 0; k < K; k++) {
-            g[k] = next[k][0];
-            x[k] = next[k][1];
-            z[k] = next[k][2];
+            in[k] = next_y[k];
+            g[k] = next_g[k].unpacked();
+            Vec x = in[k].unpacked(), z = next_z[k].unpacked(),
+                weight = load<WIDE>(w + group, column(k), columns);
             UNROLL for (int i = 0; i < 8; i++) {
-                float v = x[k].v[i] * z[k].v[i] * sigmoid<floatX>(z[k].v[i]) * scale;
+                float s = sigmoid<floatX>(z.v[i]);
+                silu[k].v[i] = z.v[i] * s;
+                slope[k].v[i] = s + silu[k].v[i] * (1.0f - s);
+                float v = x.v[i] * silu[k].v[i] * scale;   // v^
                 g_w[k].v[i] += v * g[k].v[i];
-                g[k].v[i] *= weight[k].v[i];
+                g[k].v[i] *= weight.v[i];
                 dot += v * g[k].v[i];
             }
         }
-        if (K == 1 && row + 1 < end) fetch(row + 1);       // K = 2 has no registers for it
-        dot = block_sum(dot, part[row % 2]) / columns;
+        if (NEXT_ROW<K, floatX>) fetch_row(row + 1);
+        dot = block_sum(dot, part[row % 2]) / columns * scale;
         UNROLL for (int k = 0; k < K; k++) {
-            size_t c = (threadIdx.x + k * blockDim.x) * 8;
-            Vec g_x, g_z;
+            Vec x = in[k].unpacked(), g_y_row, g_z_row;
             UNROLL for (int i = 0; i < 8; i++) {
-                float s = sigmoid<floatX>(z[k].v[i]), silu = z[k].v[i] * s, in = x[k].v[i];
-                float g_v = scale * (g[k].v[i] - in * silu * scale * dot);
-                g_x.v[i] = g_v * silu;
-                g_z.v[i] = g_v * in * s * (1.0f + z[k].v[i] * (1.0f - s));
+                float g_v = scale * (g[k].v[i] - x.v[i] * silu[k].v[i] * dot);
+                g_y_row.v[i] = g_v * silu[k].v[i];
+                g_z_row.v[i] = g_v * x.v[i] * slope[k].v[i];
             }
-            store<WIDE>(g_y + row * d.E + first, c, columns, g_x);
-            store<WIDE>(g_zxBCdt + row * d.pitch + first, c, columns, g_z);
+            store<WIDE>(g_y + row * d.E + group, column(k), columns, g_y_row);
+            store<WIDE>(g_zxBCdt + row * d.pitch + group, column(k), columns, g_z_row);
         }
-        if (K > 1 && row + 1 < end) fetch(row + 1);
     }
     UNROLL for (int k = 0; k < K; k++) {
-        size_t c = (threadIdx.x + k * blockDim.x) * 8;
-        store<WIDE>(g_w_parts + blockIdx.x * d.E + first, c, columns, g_w[k]);
+        store<WIDE>(g_w_parts + blockIdx.x * d.E + group, column(k), columns, g_w[k]);
     }
 }
 // writes g_y and its columns of g_zxBCdt; g_w +=
@@ -1785,15 +1962,15 @@ template<typename floatX>
 static void gated_rmsnorm_backward(const Dims *d, floatX *g_y, floatX *g_zxBCdt, float *g_w,
                                    const floatX *g_o, const floatX *y, const floatX *zxBCdt,
                                    const float *rstd, const float *w) {
-    size_t span = pieces(d->n, PARTS), parts = pieces(d->n, span);
-    float *g_w_parts = workspace(parts * d->E);
+    float *g_w_parts = workspace(PARTS * d->E);
     by_columns(d->E / d->G, d->E / d->G % 8 == 0, [&](auto K, auto WIDE, unsigned threads) {
+        size_t span = rows_of_block(d->n, K(), threads), parts = pieces(d->n, span);
         dim3 grid((unsigned)parts, (unsigned)d->G);
         gated_rmsnorm_backward_kernel<K(), WIDE(), floatX><<<grid, threads, 0, stream>>>(
             g_y, g_zxBCdt, g_w_parts, g_o, y, zxBCdt, rstd, w, *d, span);
+        LAUNCHED();
+        add_parts(g_w, g_w_parts, parts, d->E, d->E);
     });
-    LAUNCHED();
-    add_parts(g_w, g_w_parts, parts, d->E, d->E);
 }
 
 // == swiglu =======================================================================================
@@ -1846,71 +2023,61 @@ static void swiglu_backward(const Dims *d, floatX *g_ab, const floatX *g_h, cons
 // g_logits = (softmax - onehot(target)) scale, over the logits;  g_hidden, g_weight as in linear
 // The logits of all rows would be the largest tensor of all: they live a slab of rows at a time.
 
-// A row to a block: the greatest logit and the sum of exp(logit - greatest), as one pair.
-struct Partition {
-    float greatest, sum;
-};
-__device__ inline Partition join(Partition a, Partition b) {
-    float greatest = max(a.greatest, b.greatest);
-    if (greatest == -INFINITY) return Partition{greatest, 0.0f};
-    return Partition{greatest,
-                     a.sum * expf(a.greatest - greatest) + b.sum * expf(b.greatest - greatest)};
-}
-
+// A row to a block. It reads the row three times: for the greatest logit, for the sum of
+// exp(logit - greatest), for the gradients; from `shared`, where the row fits.
 template<bool WIDE, typename Logit>
 __global__ void __launch_bounds__(512)
 cross_entropy_kernel(float *losses, Logit *logits, const int *targets, float scale, int backward,
                      int fits, size_t V) {
-    __shared__ Partition part[16];
+    __shared__ float part[2][32];
     extern __shared__ __align__(128) unsigned char shared[];
     size_t row = blockIdx.x, target = targets[row];
     logits += row * V;
-    Logit *kept = fits ? (Logit *)shared : logits;         // for the second reading
-    Partition all = {-INFINITY, 0.0f};
-    for (size_t c = threadIdx.x * 8; c < V; c += 512 * 8) {
-        Vec x = load<WIDE>(logits, c, V);
-        if (fits) store<WIDE>(kept, c, V, x);
-        float greatest = -INFINITY, sum = 0.0f;
-        UNROLL for (int i = 0; i < 8; i++) {
-            if (c + i < V) greatest = max(greatest, x.v[i]);
-        }
-        UNROLL for (int i = 0; i < 8; i++) {
-            if (c + i < V) sum += exp_of<Logit>(x.v[i] - greatest);
-        }
-        all = join(all, Partition{greatest, sum});
+    float own = (float)logits[target], greatest = -INFINITY, sum = 0.0f;
+    const Logit *x = fits ? (const Logit *)shared : logits;
+    for (size_t b = threadIdx.x * 16; fits && b < V * sizeof(Logit); b += 512 * 16) {
+        cp_async<16>(shared + b, (const char *)logits + b, true);
     }
-    for (int lanes = 16; lanes; lanes /= 2) {
-        float greatest = __shfl_xor_sync(~0u, all.greatest, lanes);
-        float sum = __shfl_xor_sync(~0u, all.sum, lanes);
-        all = join(all, Partition{greatest, sum});
-    }
-    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = all;
-    if (threadIdx.x == 0) losses[row] = (float)logits[target];     // before anyone overwrites it
+    cp_async_commit();
+    cp_async_wait<0>();
     __syncthreads();
-    all = part[0];
-    for (int w = 1; w < 16; w++) {
-        all = join(all, part[w]);
-    }
-    if (threadIdx.x == 0) losses[row] = logf(all.sum) + all.greatest - losses[row];
-    if (!backward) return;
-    float part_of = scale / all.sum;
-    for (size_t c = threadIdx.x * 8; c < V; c += 512 * 8) {
-        Vec x = load<WIDE>(kept, c, V);
-        UNROLL for (int i = 0; i < 8; i++) {
-            float p = exp_of<Logit>(x.v[i] - all.greatest) * part_of;
-            x.v[i] = p - (c + i == target ? scale : 0.0f);
+    auto each_logit = [&](auto f) {                        // f(vector of 8, first column)
+        for (size_t c = threadIdx.x * 8; c < V; c += 512 * 8) {
+            f(load<WIDE>(x, c, V), c);
         }
-        store<WIDE>(logits, c, V, x);
-    }
+    };
+    each_logit([&](const Vec &v, size_t c) {
+        UNROLL for (int i = 0; i < 8; i++) {
+            if (WIDE || c + i < V) greatest = max(greatest, v.v[i]);
+        }
+    });
+    greatest = block_max(greatest, part[0]);
+    each_logit([&](const Vec &v, size_t c) {
+        UNROLL for (int i = 0; i < 8; i++) {
+            if (WIDE || c + i < V) sum += exp_of<Logit>(v.v[i] - greatest);
+        }
+    });
+    sum = block_sum(sum, part[1]);
+    if (threadIdx.x == 0) losses[row] = logf(sum) + greatest - own;
+    if (!backward) return;
+    float part_of = scale / sum;
+    each_logit([&](Vec v, size_t c) {
+        UNROLL for (int i = 0; i < 8; i++) {
+            float p = exp_of<Logit>(v.v[i] - greatest) * part_of;
+            v.v[i] = p - (c + i == target ? scale : 0.0f);
+        }
+        store<WIDE>(logits, c, V, v);
+    });
 }
 
-// A row of logits stays in shared memory between its two readings where two rows fit.
+// A row fits if another block has room for one as well.
 template<typename Logit>
 static void cross_entropy(float *losses, Logit *logits, const int *targets, float scale,
                           int backward, size_t rows, size_t V) {
-    size_t bytes = backward ? V * sizeof(Logit) : 0;
-    int fits = bytes > 0 && 2 * bytes <= shared_room() - 4096;
-    auto kernel = V % 8 ? cross_entropy_kernel<false, Logit> : cross_entropy_kernel<true, Logit>;
+    bool wide = V % 8 == 0;
+    size_t bytes = V * sizeof(Logit);
+    int fits = wide && 2 * bytes <= shared_room() - 4096;
+    auto kernel = wide ? cross_entropy_kernel<true, Logit> : cross_entropy_kernel<false, Logit>;
     if (fits) allow_shared(kernel, bytes);
     kernel<<<(unsigned)rows, 512, fits ? bytes : 0, stream>>>(
         losses, logits, targets, scale, backward, fits, V);
@@ -2336,7 +2503,7 @@ static void layer_backward(const Model<floatX> *m, size_t l) {
         part("g_swiglu"); swiglu_backward(d, a.g_ab, a.g_h, a.ab);
         part("g_fc1"); linear_backward(a.g_u, g.fc1, a.g_ab, a.u2, x.fc1, n, M, 2 * F, add);
         part("g_norm"); rmsnorm_backward(d, a.g_resid, g.norm2, a.g_u, after(m, a.resid), a.rstd2,
-                                         w.norm2, m->g_branch);
+                                         w.norm2, m->g_branch, 1);
     }
     part("g_out_proj"); linear_backward(a.g_o, g.out_proj, m->g_branch, a.o, x.out_proj, n, E, M,
                                         add);
@@ -2352,7 +2519,7 @@ static void layer_backward(const Model<floatX> *m, size_t l) {
     part("g_in_proj"); linear_backward(a.g_u, g.in_proj, a.g_zxBCdt, a.u, x.in_proj, n, M, Z, add,
                                        d->pitch);
     part("g_norm");   rmsnorm_backward(d, a.g_resid, g.norm, a.g_u, a.resid, a.rstd, w.norm,
-                                       m->g_branch);
+                                       m->g_branch, 1);
     watch(m, l, 2);
 }
 
@@ -2398,9 +2565,8 @@ static void model_losses(Model<floatX> *m, int backward) {
                a.hidden, head, m->targets, host->scale, host->add);
     if (!backward) return;
     watch(m, d->L, 1);
-    CUDA(cudaMemsetAsync(a.g_resid, 0, d->n * d->M * sizeof(float), stream));
     part("g_norm");   rmsnorm_backward(d, a.g_resid, m->g.norm_f, a.g_u, layer_acts(m, d->L).resid,
-                                       a.rstd_f, m->w.norm_f, m->g_branch);
+                                       a.rstd_f, m->w.norm_f, m->g_branch, 0);
     watch(m, d->L, 2);
     for (size_t l = d->L; l-- > 0;) {
         layer_backward(m, l);

@@ -18,6 +18,10 @@ enum cublasLtMatmulPreferenceAttributes_t {
 };
 enum { CUBLASLT_REDUCTION_SCHEME_NONE = 0, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE = 2 };
 
+enum cublasLtMatmulAlgoConfigAttributes_t {
+    CUBLASLT_ALGO_CONFIG_TILE_ID = 1, CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION = 5,
+    CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID = 8
+};
 struct cublasLtMatmulDescOpaque_t {
     cublasComputeType_t compute;
     cudaDataType scale;
@@ -167,6 +171,12 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
     size_t need = preference->workspace >= emu::WORKSPACE ? emu::WORKSPACE : 0;
     results[0] = {{{need}}, need};
     *found = 1;
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulAlgoConfigGetAttribute(
+        const cublasLtMatmulAlgo_t *, cublasLtMatmulAlgoConfigAttributes_t, void *value,
+        size_t room, size_t *size) {
+    memset(value, 0, *size = room);                 // the one algorithm has no tiles
     return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmul(

@@ -360,7 +360,7 @@ static void matmul_small(real *C, size_t ldc, const real *A, size_t a_row, size_
     for (size_t j = 0, n; K && j < N; j += n) {
         n = N - j < VL ? N - j : least(SMALL_NV, (N - j)/VL)*VL;
         for (size_t i = 0, m; i < M; i += m) {
-            m = small_rows(M - i);
+            m = n < VL ? least(M - i, MR) : small_rows(M - i);
             (n < VL || m < SMALL_END ? edge_tile : strided_tile)(C + i*ldc + j, from + i*ldc + j,
                 ldc, A + i*a_row, a_row, a_col, B + j, ldb, m, n, K, beta);
         }

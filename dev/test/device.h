@@ -238,7 +238,7 @@ template<typename floatX> static void test_norms(const Sizes &s) {
     Tensor<float> g_w(normals(M));
     Tensor<floatX> u(n * M), g_u(normals(n * M)), copy(n * M);
     rmsnorm_forward(&d, u.x, rstd.x, resid.x, w.x);
-    rmsnorm_backward(&d, g_resid.x, g_w.x, g_u.x, resid.x, rstd.x, w.x, copy.x);
+    rmsnorm_backward(&d, g_resid.x, g_w.x, g_u.x, resid.x, rstd.x, w.x, copy.x, 1);
     BOTH(rmsnorm_forward, u, rstd, resid, w);
     BOTH(rmsnorm_backward, g_resid, g_w, g_u, resid, rstd, w);
     check<floatX>("u", u);
@@ -262,6 +262,8 @@ template<typename floatX> static void test_norms(const Sizes &s) {
 static void test_all_norms(void) {
     test_norms<float>({2, 37, 20, 4, 6, 5, 2, 16, 4, 0, 16});
     test_norms<bf16>({2, 37, 72, 4, 16, 8, 2, 16, 4, 0, 16});
+    test_norms<bf16>({1, 5, 2304, 36, 64, 8, 1, 16, 4, 0, 16});     // two vectors a thread
+    test_norms<float>({1, 3, 5200, 82, 64, 8, 1, 16, 4, 0, 16});    // four
 }
 
 template<typename floatX> static void test_conv1d(const Sizes &s, double rate, bool with_past) {
