@@ -5,7 +5,7 @@ passed=0 failed=0 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 flags="-std=gnu11 -O1 -g -march=native -ffp-contract=fast -fno-math-errno -fopenmp \
 -fsanitize=address,undefined -fno-sanitize-recover=all"
-export ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2
+export ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 
 try() {
     name=$1; shift
@@ -18,6 +18,15 @@ for real in float double; do
     # shellcheck disable=SC2086
     try "tests compile, $real" gcc $flags -DREAL=$real test_mamba2.c -o "$out/test" -lz -lm
     try "tests, $real" "$out/test"
+done
+# narrower vectors have tiles of other sizes
+for march in x86-64 x86-64-v3; do
+    [ "$(uname -m)" = x86_64 ] || continue
+    # shellcheck disable=SC2086
+    try "tests compile, $march" gcc $flags -march=$march test_mamba2.c -o "$out/test" -lz -lm
+    if [ $march = x86-64 ] || grep -q avx2 /proc/cpuinfo; then
+        for part in matmul ssd; do try "tests of $part, $march" "$out/test" $part; done
+    fi
 done
 tiny="--d-model 16 --headdim 4 --d-state 6 --n-layer 2 --batch 2 --seq-len 33 --save-every 2 \
 --eval-every 2 --eval-batches 2 --sample-every 4 --warmup 1"
