@@ -36,11 +36,19 @@ check two-runs-equal cmp "$out/a/last/model.safetensors" "$out/b/last/model.safe
 check graph-changes-no-bit cmp "$out/a/last/model.safetensors" "$out/c/last/model.safetensors"
 check resume-on-cpu ./train_mamba2 --out "$out/a" --resume --steps 8 --sample-every 0
 check resume-on-gpu ./train_mamba2cu --out "$out/a" --resume --steps 11 --sample-every 0
+# speed MODEL ROWS TOKENS [LABEL]: the median of the last 8 of 12 steps; memory planned and seen
 speed() {
-    ./train_mamba2cu --model "$1" --batch "$2" --seq-len "$3" --steps 12 --out "$out/s" --eval-every 0 \
-        --sample-every 0 --save-every 0 --plot 0 >"$out/speed.log" 2>&1
-    rate=$(sed -n 's/.*"tokens_per_s":\([0-9.e+]*\).*/\1/p' "$out/s/log.jsonl" | tail -n 8 | sort -g | sed -n 5p)
-    table="$table$(printf '%-14s %3d x %-6d %12s tokens/s' "$1" "$2" "$3" "$rate")
+    rm -rf "$out/s"
+    (while sleep 0.3; do nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits; done) \
+        >"$out/memory" & watcher=$!
+    timeout 170 ./train_mamba2cu --model "$1" --batch "$2" --seq-len "$3" --steps 12 --out "$out/s" \
+        --eval-every 0 --sample-every 0 --save-every 0 --plot 0 >"$out/speed.log" 2>&1
+    kill $watcher
+    row=$(tail -n 8 "$out/s/log.jsonl" | sed 's/.*"tokens_per_s":\([^,]*\),"mfu":\([^,]*\),.*/\1 \2/' | sort -g | sed -n 5p)
+    plan=$(sed -n 's/^memory *\([0-9.]*\) GiB.*/\1/p' "$out/speed.log")
+    # shellcheck disable=SC2086
+    table="$table$(printf '%-12s %4d x %-6d %8.0f tokens/s  MFU %4.1f%%  %6.1f GiB, planned %s' "$1" "$2" "$3" \
+        ${row% *} "$(echo "100*${row#* }" | bc -l)" "$(sort -g "$out/memory" | tail -n 1 | awk '{ print $1/1024 }')" "$plan")
 "
     rm -rf "$out/s"
 }
@@ -51,9 +59,11 @@ decode() {                              # the last of three samples of 300 token
 "
     rm -rf "$out/s"
 }
+speed mamba2-130m 16 2048; speed mamba2-370m 16 2048; speed mamba2-780m 8 2048
+speed mamba2-1.3b 8 2048; speed mamba2-2.7b 8 2048
+for rows in 32 8 4 2 1; do speed mamba2-130m $rows $((32768/rows)); done
+speed mamba2-130m 1 131072
 decode mamba2-130m; decode mamba2-2.7b
-speed mamba2-130m 32 1024; speed mamba2-130m 16 2048; speed mamba2-130m 2 16384
-speed mamba2-370m 16 2048; speed mamba2-1.3b 8 2048
 ./train_mamba2cu --model mamba2-130m --batch 32 --seq-len 1024 --profile 6 --out "$out/p" --steps 20 \
     --eval-every 0 --sample-every 0 --save-every 0 --plot 0 >"$out/profile.log" 2>&1
 tail -n 22 "$out/profile.log"
