@@ -90,7 +90,9 @@ struct Dims {
 // == errors, memory ===============================================================================
 
 #define CUDA(call) cuda_check(call, #call, __FILE__, __LINE__)
+#ifndef LAUNCHED                         // dev/cuda/time_ssd.cu puts a clock here
 #define LAUNCHED() CUDA(cudaGetLastError())
+#endif
 static void cuda_check(cudaError_t error, const char *call, const char *file, int line) {
     CHECK(!error, "%s:%d: %s: %s", file, line, call, cudaGetErrorString(error));
 }
@@ -173,6 +175,23 @@ static bool is_hopper() {                      // or newer
 template<class Kernel>
 static void allow_shared(Kernel kernel, size_t bytes) {
     CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
+// A kernel that may begin before the one before it has ended, where the GPU can do that (see
+// wait_for_last)
+template<class... P, class... A>
+static void launch_early(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared,
+                         A... arguments) {
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = is_hopper();
+    CUDA(cudaLaunchKernelEx(&config, kernel, P(arguments)...));
 }
 
 // == device functions =============================================================================
@@ -1599,12 +1618,11 @@ ssd_g_BC_kernel(floatX *g_xBC, float *pi, const float *g_CB, const floatX *state
 }
 
 // The sums over the steps of a chunk, by one warp per head: da_t, the gradient of dt A at t; from
-// it g_dt (n,H) and this chunk's part of g_A, g_A_part (R,chunks,H). With crossing, q is rho alone,
-// and nothing cancels; without (the fast kernels), q = dt g_dt(direct) - rowsum.
+// it g_dt (n,H) and this chunk's part of g_A, g_A_part (R,chunks,H).
 __global__ void __launch_bounds__(256)
-ssd_finish_kernel(float *g_dt, float *g_A_part, const float *g_dts, const float *rowsum,
-                  const float *crossing, const float *rho, const float *pi, const float *kappa,
-                  const float *dts, const float *A_log, unsigned parts, Dims d) {
+ssd_finish_kernel(float *g_dt, float *g_A_part, const float *g_dts, const float *crossing,
+                  const float *rho, const float *pi, const float *kappa, const float *dts,
+                  const float *A_log, unsigned parts, Dims d) {
     size_t c = blockIdx.x, h = blockIdx.y * 8 + threadIdx.x / 32, r = blockIdx.z;
     if (h >= d.H) return;
     size_t lane = threadIdx.x % 32, number = r * d.chunks + c, token = r * d.T + c * d.Q;
@@ -1622,15 +1640,13 @@ ssd_finish_kernel(float *g_dt, float *g_A_part, const float *g_dts, const float 
     __syncwarp();
     for (size_t l0 = 0; l0 < rows; l0 += 32) {                     // from the start: the sums of q
         size_t l = l0 + lane, to = (token + l) * d.H + h;
-        float q = 0.0f;
-        if (l < rows) q = crossing ? rho[at + l] : dts[at + l] * g_dts[at + l] - rowsum[at + l];
-        float upto = before + warp_scan(q);
+        float upto = before + warp_scan(l < rows ? rho[at + l] : 0.0f);
         float before_l = __shfl_up_sync(~0u, upto, 1);
         if (lane == 0) before_l = before;
         before = __shfl_sync(~0u, upto, 31);
         if (l >= rows) continue;
         float da = before_l + g_dt[to] + from_state;
-        for (size_t tile = l / TILE; crossing && tile * TILE < d.Q; tile++) {
+        for (size_t tile = l / TILE; tile * TILE < d.Q; tile++) {
             da += crossing[tile * d.R * d.H * d.chunks * d.Q + at + l];
         }
         sum += dts[at + l] * da;
@@ -1664,6 +1680,14 @@ ssd_head_sums_kernel(float *g_A_log, float *g_D, const float *g_A_part, const fl
 
 // ---- launchers ----------------------------------------------------------------------------------
 
+template<class... P, class... A>
+static void ssd_launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared,
+                       A... arguments) {
+    allow_shared(kernel, shared);
+    launch_early(kernel, grid, threads, shared, arguments...);
+    LAUNCHED();
+}
+
 // What the kernels of one call leave for each other. steps: (R,H,chunks,Q) each.
 struct SsdWork {
     float *cs, *dts, *g_dts, *rowsum, *rho, *pi, *crossing;        // crossing: side of them
@@ -1671,14 +1695,14 @@ struct SsdWork {
     float *kappa, *g_A_part, *g_D_part;       // (R,chunks,H,parts), (R,chunks,H), (R,chunks,side,H)
     float *local, *local_decay;                 // (R,segments - 1,H,N,P) padded, (R,segments - 1,H)
     unsigned side, across, parts;                  // tiles of a chunk's rows; of P; of a state
-    int segments, segment_chunks;
+    unsigned segments, segment_chunks;
     size_t floats;                                 // of all
 
-    explicit SsdWork(const Dims *d, bool allocate = true) {
+    SsdWork(const Dims *d, unsigned wanted_segments, bool allocate = true) {
         side = pieces(d->Q, TILE);
         across = pieces(d->P, TILE);
         parts = pieces(d->N, TILE) * across;
-        segment_chunks = pieces(d->chunks, ssd_segments(d));
+        segment_chunks = pieces(d->chunks, wanted_segments);
         segments = pieces(d->chunks, segment_chunks);
         size_t steps = d->R * d->H * d->chunks * d->Q, heads = d->R * d->chunks * d->H;
         size_t pairs = d->R * d->chunks * d->G * d->Q * d->Q, ends = d->R * (segments - 1) * d->H;
@@ -1707,34 +1731,43 @@ struct SsdWork {
     }
 };
 
+static size_t ssd_work_floats(const Dims *d) {
+    size_t forward = SsdWork(d, forward_segments(d), false).floats;
+    return max(forward, SsdWork(d, backward_segments(d), false).floats);
+}
+
 // Do the fast kernels take this shape, in bf16, on this GPU?
 static bool ssd_is_fast(const Dims *d) {
     bool shape = d->Q == FQ && d->P <= FP && d->N <= 128 && d->P % 8 == 0 && d->N % 8 == 0;
     return shape && shared_room() >= sizeof(WalkShared<128>);
 }
 
+// cs and dts; and CB, if wanted
 template<int N>
+static void ssd_prepare_fast(const Dims *d, const SsdWork &w, const float *dt, const float *A_log,
+                             const bf16 *xBC, bool with_CB) {
+    dim3 grid((unsigned)d->chunks, pieces(d->H, 8) + (with_CB ? (unsigned)d->G : 0), (unsigned)d->R);
+    allow_shared(ssd_prepare_fast_kernel<N>, CB_SHARED<N>);
+    ssd_prepare_fast_kernel<N><<<grid, 256, with_CB ? CB_SHARED<N> : STEPS_SHARED, stream>>>(
+        w.cs, w.dts, (uint4 *)w.CB, dt, A_log, xBC, *d);
+    LAUNCHED();
+}
+
+template<int N, bool DOCS>
 static void ssd_forward_fast(const Dims *d, const SsdWork &w, bf16 *y, bf16 *states, float *final,
-                             const bf16 *xBC, const float *D, const float *initial,
-                             const int *doc) {
-    unsigned R = d->R, G = d->G, chunks = d->chunks, pairs = G * pieces(d->H / d->G, 2);
-    constexpr size_t SHARED = sizeof(WalkShared<N>);
-    uint4 *CB = (uint4 *)w.CB;
-    allow_shared(ssd_CB_fast_kernel<N>, CB_SHARED<N>);
-    ssd_CB_fast_kernel<N><<<dim3(chunks, G, R), 256, CB_SHARED<N>, stream>>>(CB, xBC, *d);
-    LAUNCHED();
+                             const bf16 *xBC, const float *dt, const float *A_log, const float *D,
+                             const float *initial, const int *doc) {
+    unsigned R = d->R, H = d->H, walks = R * d->G * pieces(d->H / d->G, 2) * w.segments;
+    ssd_prepare_fast<N>(d, w, dt, A_log, xBC, true);
     if (w.segments > 1) {
-        allow_shared(ssd_walk_kernel<N, false>, SHARED);
-        ssd_walk_kernel<N, false><<<dim3(pairs, w.segments - 1, R), 256, SHARED, stream>>>(
-            y, states, final, w.local, w.local_decay, xBC, CB, w.cs, w.dts, D, initial, doc, *d,
-            w.segment_chunks);
-        LAUNCHED();
+        ssd_launch(ssd_sum_kernel<N, false, true, DOCS>, dim3(H, w.segments - 1, R), 128,
+                     sizeof(SumShared<N>), (bf16 *)NULL, (float *)NULL, (float *)NULL, w.local,
+                     w.local_decay, (bf16 *)NULL, xBC, d->S, (float *)NULL, xBC, w.cs, w.dts, doc,
+                     *d, w.segment_chunks, false);
     }
-    allow_shared(ssd_walk_kernel<N, true>, SHARED);
-    ssd_walk_kernel<N, true><<<dim3(pairs, w.segments, R), 512, SHARED, stream>>>(
-        y, states, final, w.local, w.local_decay, xBC, CB, w.cs, w.dts, D, initial, doc, *d,
-        w.segment_chunks);
-    LAUNCHED();
+    ssd_launch(ssd_walk_kernel<N, DOCS>, dim3(walks < WALKERS ? walks : WALKERS), 512,
+                 sizeof(WalkShared<N>), y, states, final, w.local, w.local_decay, xBC,
+                 (uint4 *)w.CB, w.cs, w.dts, D, initial, doc, *d, w.segments, w.segment_chunks);
 }
 
 template<typename floatX>
@@ -1764,40 +1797,49 @@ template<typename floatX>
 static void ssd_forward(const Dims *d, floatX *y, floatX *states, float *final, const floatX *xBC,
                         const float *dt, const float *A_log, const float *D, const float *initial,
                         const int *doc) {
-    SsdWork w(d);
-    ssd_prepare(d, w, dt, A_log);
     if constexpr (sizeof(floatX) == sizeof(bf16)) {
-        auto fast = d->N <= 64 ? ssd_forward_fast<64> : ssd_forward_fast<128>;
-        if (ssd_is_fast(d)) return fast(d, w, y, states, final, xBC, D, initial, doc);
+        if (ssd_is_fast(d)) {
+            auto fast = d->N <= 64 ? (doc ? ssd_forward_fast<64, true> : ssd_forward_fast<64, false>)
+                                   : (doc ? ssd_forward_fast<128, true>
+                                          : ssd_forward_fast<128, false>);
+            SsdWork w(d, forward_segments(d));
+            return fast(d, w, y, states, final, xBC, dt, A_log, D, initial, doc);
+        }
     }
+    SsdWork w(d, 1);
+    ssd_prepare(d, w, dt, A_log);
     ssd_forward_any(d, w, y, states, final, xBC, D, initial, doc);
 }
 
-template<int N>
-static void ssd_backward_fast(const Dims *d, const SsdWork &w, bf16 *g_xBC, float *g_initial,
-                              const bf16 *g_y, const float *g_final, const bf16 *states,
-                              bf16 *g_states, const bf16 *xBC, const float *D, const int *doc) {
-    unsigned R = d->R, H = d->H, G = d->G, chunks = d->chunks;
-    dim3 grid(chunks, G, R);
+// In the place of the last two kernels of ssd_backward
+template<int N, bool DOCS>
+static void ssd_backward_fast(const Dims *d, const SsdWork &w, bf16 *g_xBC, float *g_dt,
+                              float *g_initial, const bf16 *g_y, const float *g_final,
+                              const bf16 *states, bf16 *g_states, const bf16 *xBC, const float *dt,
+                              const float *A_log, const float *D, const float *initial,
+                              const int *doc) {
+    unsigned R = d->R, H = d->H, chunks = d->chunks;
+    dim3 grid(chunks, (unsigned)d->G, R);
     bf16 *g_CB = (bf16 *)w.g_CB;
-    constexpr size_t BACK = sizeof(WalkBackShared<N>), GX = sizeof(GxShared<N>);
-    constexpr size_t OF_C = sizeof(GbcShared<N, true>), OF_B = sizeof(GbcShared<N, false>);
-    allow_shared(ssd_walk_back_kernel<N>, BACK);
-    ssd_walk_back_kernel<N><<<dim3(H, R), 128, BACK, stream>>>(
-        g_states, w.kappa, g_initial, states, g_y, g_final, xBC, w.cs, doc, *d);
-    LAUNCHED();
-    allow_shared(ssd_g_x_fast_kernel<N>, GX);
-    ssd_g_x_fast_kernel<N><<<grid, G_X_THREADS, GX, stream>>>(
-        g_xBC, g_CB, w.g_dts, w.rowsum, w.g_D_part, g_states, g_y, xBC, w.cs, w.dts, D, doc, *d);
-    LAUNCHED();
-    allow_shared(ssd_g_BC_fast_kernel<N, true>, OF_C);
-    ssd_g_BC_fast_kernel<N, true><<<grid, 256, OF_C, stream>>>(
-        g_xBC, w.pi, g_CB, states, g_y, xBC, w.cs, w.dts, doc, *d);
-    LAUNCHED();
-    allow_shared(ssd_g_BC_fast_kernel<N, false>, OF_B);
-    ssd_g_BC_fast_kernel<N, false><<<grid, 256, OF_B, stream>>>(
-        g_xBC, w.pi, g_CB, g_states, g_y, xBC, w.cs, w.dts, doc, *d);
-    LAUNCHED();
+    ssd_prepare_fast<N>(d, w, dt, A_log, xBC, false);
+    if (w.segments > 1) {
+        ssd_launch(ssd_sum_kernel<N, true, true, DOCS>, dim3(H, w.segments - 1, R), 128,
+                     sizeof(SumShared<N>), g_states, w.kappa, g_initial, w.local, w.local_decay,
+                     states, g_y, d->E, g_final, xBC, w.cs, w.dts, doc, *d, w.segment_chunks,
+                     initial != NULL);
+    }
+    ssd_launch(ssd_sum_kernel<N, true, false, DOCS>, dim3(H, w.segments, R), 128,
+                 sizeof(SumShared<N>), g_states, w.kappa, g_initial, w.local, w.local_decay, states,
+                 g_y, d->E, g_final, xBC, w.cs, w.dts, doc, *d, w.segment_chunks, initial != NULL);
+    ssd_launch(ssd_g_x_fast_kernel<N>, grid, G_X_THREADS, sizeof(GxShared<N>), g_xBC, g_CB,
+                 w.g_dts, w.rowsum, w.g_D_part, g_states, g_y, xBC, w.cs, w.dts, D, doc, *d,
+                 g_final != NULL);
+    ssd_launch(ssd_g_BC_fast_kernel<N, true, DOCS>, grid, 256, sizeof(GbcShared<N, true>), g_xBC,
+                 w.pi, g_CB, states, g_y, xBC, w.cs, w.dts, doc, *d, initial != NULL);
+    ssd_launch(ssd_g_BC_fast_kernel<N, false, DOCS>, grid, 256, sizeof(GbcShared<N, false>),
+                 g_xBC, w.pi, g_CB, g_states, g_y, xBC, w.cs, w.dts, doc, *d, g_final != NULL);
+    ssd_launch(ssd_finish_fast_kernel, dim3(chunks, pieces(H, 8), R), 256, 0, g_dt, w.g_A_part,
+                 w.g_dts, w.rowsum, w.pi, w.kappa, w.dts, A_log, *d);
 }
 
 template<typename floatX>
@@ -1832,22 +1874,23 @@ static void ssd_backward(const Dims *d, floatX *g_xBC, float *g_dt, float *g_A_l
                          float *g_initial, const floatX *g_y, const float *g_final,
                          const floatX *states, floatX *g_states, const floatX *xBC, const float *dt,
                          const float *A_log, const float *D, const float *initial, const int *doc) {
-    (void)initial;                                         // it is the first of states
-    SsdWork w(d);
     bool fast = sizeof(floatX) == sizeof(bf16) && ssd_is_fast(d);
-    ssd_prepare(d, w, dt, A_log);
+    SsdWork w(d, fast ? backward_segments(d) : 1);
     if constexpr (sizeof(floatX) == sizeof(bf16)) {
-        auto run = d->N <= 64 ? ssd_backward_fast<64> : ssd_backward_fast<128>;
-        if (fast) run(d, w, g_xBC, g_initial, g_y, g_final, states, g_states, xBC, D, doc);
+        auto run = d->N <= 64 ? (doc ? ssd_backward_fast<64, true> : ssd_backward_fast<64, false>)
+                              : (doc ? ssd_backward_fast<128, true> : ssd_backward_fast<128, false>);
+        if (fast) run(d, w, g_xBC, g_dt, g_initial, g_y, g_final, states, g_states, xBC, dt, A_log,
+                      D, initial, doc);
     }
     if (!fast) {
+        ssd_prepare(d, w, dt, A_log);
         ssd_backward_any(d, w, g_xBC, g_initial, g_y, g_final, states, g_states, xBC, D, doc);
+        dim3 grid((unsigned)d->chunks, pieces(d->H, 8), (unsigned)d->R);
+        ssd_finish_kernel<<<grid, 256, 0, stream>>>(
+            g_dt, w.g_A_part, w.g_dts, w.crossing, w.rho, w.pi, w.kappa, w.dts, A_log, w.parts,
+            *d);
+        LAUNCHED();
     }
-    dim3 grid((unsigned)d->chunks, pieces(d->H, 8), (unsigned)d->R);
-    ssd_finish_kernel<<<grid, 256, 0, stream>>>(
-        g_dt, w.g_A_part, w.g_dts, w.rowsum, fast ? NULL : w.crossing, w.rho, w.pi, w.kappa, w.dts,
-        A_log, fast ? 1 : w.parts, *d);
-    LAUNCHED();
     ssd_head_sums_kernel<<<dim3((unsigned)d->H, 2), 128, 0, stream>>>(
         g_A_log, g_D, w.g_A_part, w.g_D_part, A_log, d->R * d->chunks, fast ? 1 : w.side, d->H);
     LAUNCHED();
@@ -2303,7 +2346,7 @@ static void device_specs(Model<floatX> *m, const cpu::Dims &host) {
 static size_t work_floats(const Dims *d) {
     size_t sums = PARTS * max(d->M, d->E), embed = d->n * d->M;
     size_t conv = pieces(d->T, 8 * CONV_ROWS) * d->R * d->S * (d->W + 1);
-    return max(max(sums, embed), max(conv, SsdWork(d, false).floats));
+    return max(max(sums, embed), max(conv, ssd_work_floats(d)));
 }
 
 // What training takes of the device, by the sizes of open_acts and Device::open

@@ -13,22 +13,6 @@ struct Step {
     int id, time, sampled;                 // the token; its row is time % W; of the uniforms
 };
 
-template<class... P, class... A>
-static void launch_early(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared,
-                         A... arguments) {
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = is_hopper();
-    CUDA(cudaLaunchKernelEx(&config, kernel, P(arguments)...));
-}
-
 // out (O) (+)= weight (O,I) x, a warp per row, where x (I) is in, RMS-normed by groups, times w;
 // or, w NULL, SwiGLU of in (2I). ring: out is row time % ring of (ring,pitch).
 // In shared memory the columns 8i..8i+3 of x are together, and so are 8i+4..8i+7: a warp then reads

@@ -86,17 +86,19 @@ __device__ inline void store_tile(bf16 *to, const bf16 *from, size_t pitch, int 
     }
 }
 
-// CB as bf16 operands A: 16x16 tile (i,j), j <= i, of a chunk and group lies at i (i+1)/2 + j, lane
-// by lane. A block per chunk and group; warp i has row i of the tiles.
+// ---- sums of dt A, and CB -----------------------------------------------------------------------
+// Blocks of two kinds for each chunk:
+//   eight heads   cs, dts (R,H,chunks,Q) from dt (n,H), through shared memory; a warp a head
+//   a group       CB as bf16 operands A: 16x16 tile (i,j), j <= i, lies at i (i+1)/2 + j, lane by
+//                 lane; warp i has row i of the tiles
 constexpr int CB_TILES = 36;
 template<int N> constexpr size_t CB_SHARED = 2 * FQ * (N + PAD) * sizeof(bf16);
+constexpr size_t STEPS_SHARED = 8 * (FQ + 4) * sizeof(float);
 
 template<int N>
-__global__ void __launch_bounds__(256, 2)
-ssd_CB_fast_kernel(uint4 *CB, const bf16 *xBC, Dims d) {
-    extern __shared__ __align__(128) unsigned char shared[];
-    bf16 *B = (bf16 *)shared, *C = B + FQ * (N + PAD);
-    size_t c = blockIdx.x, g = blockIdx.y, r = blockIdx.z;
+__device__ inline void make_CB(bf16 *B, uint4 *CB, const bf16 *xBC, size_t g, const Dims &d) {
+    bf16 *C = B + FQ * (N + PAD);
+    size_t c = blockIdx.x, r = blockIdx.z;
     int me = threadIdx.x, lane = me % 32, warp = me / 32, rows = (int)min((size_t)FQ, d.T - c * FQ);
     const bf16 *from = xBC + (r * d.T + c * FQ) * d.S + d.E + g * d.N;
     load_tile<FQ, N, PAD, 256>(B, from, d.S, rows, d.N, me);
@@ -121,8 +123,223 @@ ssd_CB_fast_kernel(uint4 *CB, const bf16 *xBC, Dims d) {
     }
 }
 
+template<int N>
+__global__ void __launch_bounds__(256, 2)
+ssd_prepare_fast_kernel(float *cs, float *dts, uint4 *CB, const float *dt, const float *A_log,
+                        const bf16 *xBC, Dims d) {
+    extern __shared__ __align__(128) unsigned char shared[];
+    next_may_start();
+    int groups_of_8 = (int)pieces(d.H, 8), h0 = blockIdx.y * 8;
+    if ((int)blockIdx.y >= groups_of_8) {
+        make_CB<N>((bf16 *)shared, CB, xBC, blockIdx.y - groups_of_8, d);
+        return;
+    }
+    float (*tile)[FQ + 4] = (float (*)[FQ + 4])shared;
+    size_t c = blockIdx.x, r = blockIdx.z;
+    for (int i = threadIdx.x; i < 8 * FQ; i += 256) {
+        size_t h = h0 + i % 8, t = c * FQ + i / 8;
+        tile[i % 8][i / 8] = h < d.H && t < d.T ? dt[(r * d.T + t) * d.H + h] : 0.0f;
+    }
+    __syncthreads();
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    size_t h = h0 + warp;
+    if (h >= d.H) return;
+    float4 step = *(const float4 *)&tile[warp][4 * lane], sum;
+    float a = -expf(A_log[h]) * 1.44269504f;
+    sum.x = step.x * a;
+    sum.y = sum.x + step.y * a;
+    sum.z = sum.y + step.z * a;
+    sum.w = sum.z + step.w * a;
+    float before = __shfl_up_sync(~0u, warp_scan(sum.w), 1);
+    if (lane == 0) before = 0.0f;
+    size_t to = ((r * d.H + h) * d.chunks + c) * FQ + 4 * lane;
+    *(float4 *)(cs + to) = make_float4(before + sum.x, before + sum.y, before + sum.z,
+                                       before + sum.w);
+    *(float4 *)(dts + to) = step;
+}
+
+// ---- what a part of the sequence adds to the state, or to its gradient --------------------------
+// One kernel for both directions. A block (4 warps) has a head and walks the chunks of a segment of
+// the sequence with S or gS (N,P) in float accumulators, N/4 rows a warp:
+//   forward   S  = through S  + (dt exp(cs_last - cs) B)^T x
+//   BACK      gS = through gS + (exp(cs) C)^T g_y, from the end
+// K: B or C; V: x or g_y. Both come in halves of a chunk.
+//   LOCAL     from zero; leaves what the segment adds (local) and how it decays what comes in
+//             (local_decay). Only where rows and heads alone do not fill the GPU are there several
+//             segments, and this pass
+//   not       (BACK only) from what the segments beyond leave; writes gS after each chunk, and
+//             kappa = through <S, gS>
+// Here is the seam for splitting a sequence over GPUs: it would exchange local and local_decay.
+constexpr int HALF = 64;
+template<int N> struct SumShared {
+    bf16 S[N * (FP + PAD)];                        // S in, then gS out
+    bf16 V[2][HALF * (FP + PAD)], K[2][HALF * (N + PAD)];
+    float scale[FQ], through, part[4];
+};
+
+template<int N, bool BACK, bool LOCAL, bool DOCS>
+__global__ void __launch_bounds__(128, 3)
+ssd_sum_kernel(bf16 *g_states, float *kappa, float *g_initial, float *local, float *local_decay,
+               const bf16 *states, const bf16 *in, size_t in_pitch, const float *g_final,
+               const bf16 *xBC, const float *cs, const float *dts, const int *doc, Dims d,
+               int segment_chunks, bool has_initial) {
+    extern __shared__ __align__(128) unsigned char shared[];
+    SumShared<N> &sm = *(SumShared<N> *)shared;
+    next_may_start();
+    wait_for_last();
+    constexpr int MT = N / 64;
+    int me = threadIdx.x, lane = me % 32, warp = me / 32, g = lane / 4, t4 = lane % 4;
+    int n0 = warp * (N / 4), chunks = d.chunks, P = d.P;
+    int segment = blockIdx.y + (BACK && LOCAL), begin = segment * segment_chunks,
+        end = min(begin + segment_chunks, chunks);
+    size_t h = blockIdx.x, r = blockIdx.z, head = (r * d.H + h) * d.N * P, group = h / (d.H / d.G);
+    auto ends = [&](int s) { return (r * (gridDim.y - !LOCAL) + s) * d.H + h; };   // in local
+    // Of the segment's first chunk, what comes out at its start is only wanted as g_initial.
+    int count = end - begin - (!LOCAL && !(g_initial && begin == 0));
+    auto chunk = [&](int i) { return BACK ? end - 1 - i : begin + i; };
+    float acc[MT][8][4];
+    auto each_pair = [&](auto f) {                 // f(two accumulators, their n and p)
+        UNROLL for (int i = 0; i < MT; i++) {
+            UNROLL for (int j = 0; j < 8; j++) {
+                UNROLL for (int e = 0; e < 4; e += 2) {
+                    f(acc[i][j][e], acc[i][j][e + 1], n0 + g + 16 * i + 4 * e, 8 * j + 2 * t4);
+                }
+            }
+        }
+    };
+    auto load_half = [&](int i, int half) {
+        if (i < count) {
+            int t0 = chunk(i) * FQ + half * HALF, left = (int)d.T - t0;
+            size_t token = r * d.T + t0;
+            load_tile<HALF, FP, PAD, 128>(sm.V[half], in + token * in_pitch + h * P, in_pitch, left,
+                                          P, me);
+            const bf16 *K = xBC + token * d.S + d.E + ((BACK ? d.G : 0) + group) * d.N;
+            load_tile<HALF, N, PAD, 128>(sm.K[half], K, d.S, left, d.N, me);
+        }
+        cp_async_commit();
+    };
+    // S or gS that are zero are not in memory.
+    auto has_gS = [&](int i) { return !LOCAL && (g_final || chunk(i) + 1 < chunks); };
+    auto has_S = [&](int i) { return has_gS(i) && (has_initial || chunk(i) > 0); };
+    auto load_S = [&](int i) {
+        if (i >= end - begin || !has_S(i)) return;
+        const bf16 *S = states + ((r * chunks + chunk(i)) * d.H + h) * d.N * P;
+        load_tile<N, FP, PAD, 128>(sm.S, S, P, d.N, P, me);
+    };
+    float next_scale = 0.0f, next_through = 0.0f;  // of step `me` of a chunk; of the chunk
+    auto fetch = [&](int i) {
+        if (i >= end - begin) return;
+        int c = chunk(i);
+        size_t at = ((r * d.H + h) * chunks + c) * FQ;
+        float now = cs[at + me], last = cs[at + FQ - 1];
+        int k = 0, before = 0, k_last = 0;
+        if (DOCS) {
+            const int *docs = doc + r * d.T + c * FQ;
+            int rows = min(FQ, (int)d.T - c * FQ);
+            k = docs[min(me, rows - 1)];
+            k_last = docs[rows - 1];
+            before = c > 0 ? docs[-1] : 0;
+        }
+        next_through = decay(last, k_last == before);
+        next_scale = BACK ? decay(now, k == before) : dts[at + me] * decay(last - now, k == k_last);
+    };
+    load_S(0);
+    load_half(0, 0);
+    load_half(0, 1);
+    fetch(0);
+    each_pair([&](float &u, float &v, int n, int p) {
+        bool there = !LOCAL && g_final && n < d.N && p < P;
+        float2 s = there ? *(const float2 *)(g_final + head + n * P + p) : make_float2(0.0f, 0.0f);
+        u = s.x;
+        v = s.y;
+    });
+    for (int s = gridDim.y - 1; !LOCAL && s > segment; s--) {      // what comes from beyond
+        float through = local_decay[ends(s - 1)];
+        const float *from = local + ends(s - 1) * N * FP;
+        each_pair([&](float &u, float &v, int n, int p) {
+            float2 a = *(const float2 *)(from + n * FP + p);
+            u = u * through + a.x;
+            v = v * through + a.y;
+        });
+    }
+    float total = 1.0f;
+    for (int i = 0; i < end - begin; i++) {
+        sm.scale[me] = next_scale;
+        if (me == 0) sm.through = next_through;
+        cp_async_wait<1>();
+        __syncthreads();
+        float through = sm.through;
+        if (has_gS(i)) {
+            float sum = 0.0f;
+            each_pair([&](float &u, float &v, int n, int p) {
+                uint32_t *S = (uint32_t *)&sm.S[n * (FP + PAD) + p];
+                if (has_S(i)) sum += low(*S) * u + high(*S) * v;
+                *S = pack(u, v);
+            });
+            sum = warp_sum(sum);
+            if (lane == 0) sm.part[warp] = sum;
+            __syncthreads();
+            bf16 *to = g_states + ((r * chunks + chunk(i)) * d.H + h) * d.N * P;
+            store_tile<N, FP, PAD, 128>(to, sm.S, P, d.N, P, me);
+        }
+        if (!LOCAL && me == 0) {
+            const float *part = sm.part;
+            float sum = has_S(i) ? part[0] + part[1] + part[2] + part[3] : 0.0f;
+            kappa[(r * chunks + chunk(i)) * d.H + h] = through * sum;
+        }
+        if (i == count) break;
+        fetch(i + 1);
+        total *= through;
+        each_pair([&](float &u, float &v, int, int) {
+            u *= through;
+            v *= through;
+        });
+        #pragma unroll 1
+        for (int half = 0; half < 2; half++) {
+            UNROLL for (int k = 0; k < HALF; k += 16) {
+                uint32_t a[MT][4], b[4];
+                float2 e0 = *(const float2 *)&sm.scale[half * HALF + k + 2 * t4];
+                float2 e1 = *(const float2 *)&sm.scale[half * HALF + k + 8 + 2 * t4];
+                UNROLL for (int m = 0; m < MT; m++) {
+                    load_a_t<N, PAD>(a[m], sm.K[half], k, n0 + 16 * m, lane);
+                    UNROLL for (int e = 0; e < 4; e++) {
+                        float2 f = e < 2 ? e0 : e1;
+                        a[m][e] = pack(low(a[m][e]) * f.x, high(a[m][e]) * f.y);
+                    }
+                }
+                UNROLL for (int j = 0; j < 8; j += 2) {
+                    load_b_t<FP, PAD>(b, sm.V[half], k, 8 * j, lane);
+                    UNROLL for (int m = 0; m < MT; m++) {
+                        mma(acc[m][j], a[m], b);
+                        mma(acc[m][j + 1], a[m], b + 2);
+                    }
+                }
+            }
+            __syncthreads();                       // this half, and S, are free
+            if (half == 0) load_S(i + 1);
+            load_half(i + 1, half);
+            if (half == 0) {
+                cp_async_wait<1>();
+                __syncthreads();
+            }
+        }
+    }
+    if (LOCAL) {
+        size_t which = ends(blockIdx.y);
+        each_pair([&](float &u, float &v, int n, int p) {
+            *(float2 *)(local + (which * N + n) * FP + p) = make_float2(u, v);
+        });
+        if (me == 0) local_decay[which] = total;
+    } else if (g_initial && begin == 0) {
+        each_pair([&](float &u, float &v, int n, int p) {
+            if (n < d.N && p < P) *(float2 *)(g_initial + head + n * P + p) = make_float2(u, v);
+        });
+    }
+}
+
 // ---- forward: states and y in one kernel --------------------------------------------------------
-// A block has two heads of a group and walks the chunks of its segment of the sequence:
+// A block walks the chunks of a segment for two heads of a group, then those of its next walk;
+// copies run a chunk ahead, over the end of a walk too, so that only the first one waits for them.
 //   state warps   S = through S + (dt exp(cs_last - cs) B)^T x, in float accumulators; they fetch
 //                 B, C and CB, and write the boundary states
 //   y warps       y = M x + diag(exp(cs)) C S, M = (CB o L) diag(dt) with D added on its diagonal;
@@ -130,29 +347,43 @@ ssd_CB_fast_kernel(uint4 *CB, const bf16 *xBC, Dims d) {
 // Four of each a head. Of the state (N,P) a state warp has N/4 rows; y warp w has the 16-row tiles
 // w and 7 - w of M, 9 of its 36 tiles. In row tile i of M, but for its diagonal tile, L_ls dt_s is
 // exp2(cs_l - cs_a) ratio_s with a = 16 i: one exponential for a column instead of one an element.
-// Where rows and heads alone do not fill the GPU, the sequence is cut into segments: first this
-// kernel without SCAN (no y warps), from S = 0, writes what each segment but the last adds to the
-// state (local) and how it decays what came before (local_decay); the scan then starts each segment
-// from their sum. Here is the seam for splitting a sequence over GPUs: it would exchange local and
-// local_decay.
+// Two barriers a chunk: at BOTH all meet, this chunk and S being there; at FREE the state warps
+// wait until the y warps, which only announce it, no longer need C and S.
+// Walk `number` of pairs x segments x R: heads `first` and `first` + 1 of a group, in row r.
+struct Walk {
+    int group, first, segment, begin, end;
+    size_t r;
+    __device__ void set(int number, int pairs, int segments, int segment_chunks, const Dims &d) {
+        int all_pairs = pairs * (int)d.G, pair = number % all_pairs;
+        group = pair / pairs;
+        first = pair % pairs * 2;
+        segment = number / all_pairs % segments;
+        r = number / all_pairs / segments;
+        begin = segment * segment_chunks;
+        end = min(begin + segment_chunks, (int)d.chunks);
+    }
+};
+
 template<int N> struct WalkShared {
     bf16 x[2][2][FQ * (FP + PAD)];                 // of 2 chunks, 2 heads
-    bf16 BC[2][FQ * (N + PAD)];                    // B, C; without SCAN the B of 2 chunks
+    bf16 B[FQ * (N + PAD)], C[FQ * (N + PAD)];
     bf16 S[2][N * (FP + PAD)];                     // of 2 heads
     uint4 CB[2][CB_TILES * 32];                    // of 2 chunks
     float cs[2][2][FQ], dt[2][2][FQ];              // of 2 chunks, 2 heads
     int doc[2][FQ];
     bf16 weight[8][FQ], ratio[8][2][FQ];           // of each state warp; of each y warp
+    Walk walk[3];                                  // one ends, one is on, one is being fetched
 };
 
 // to[s] = dt_s exp2(cs at `from` - cs_s), by one warp for itself
+template<bool DOCS>
 __device__ inline void decays(bf16 *to, const float *cs, const float *dt, const int *doc,
                               int from) {
     int s = threadIdx.x % 32 * 4;
     float4 c = *(const float4 *)(cs + s), step = *(const float4 *)(dt + s);
-    int4 k = *(const int4 *)(doc + s);
+    int4 k = DOCS ? *(const int4 *)(doc + s) : make_int4(0, 0, 0, 0);
     float a = cs[from];
-    int here = doc[from];
+    int here = DOCS ? doc[from] : 0;
     uint32_t first =
         pack(step.x * decay(a - c.x, k.x == here), step.y * decay(a - c.y, k.y == here));
     uint32_t second =
@@ -160,51 +391,47 @@ __device__ inline void decays(bf16 *to, const float *cs, const float *dt, const 
     *(uint2 *)(to + s) = make_uint2(first, second);
 }
 
-template<int N, bool SCAN>
-__global__ void __launch_bounds__(SCAN ? 512 : 256, 1)
-ssd_walk_kernel(bf16 *y, bf16 *states, float *final, float *local, float *local_decay,
+template<int N, bool DOCS>
+__global__ void __launch_bounds__(512, 1)
+ssd_walk_kernel(bf16 *y, bf16 *states, float *final, const float *local, const float *local_decay,
                 const bf16 *xBC, const uint4 *CB, const float *cs, const float *dts, const float *D,
-                const float *initial, const int *doc, Dims d, int segment_chunks) {
+                const float *initial, const int *doc, Dims d, int segments, int segment_chunks) {
     extern __shared__ __align__(128) unsigned char shared[];
     WalkShared<N> &sm = *(WalkShared<N> *)shared;
-    constexpr int MT = N / 64, THREADS = SCAN ? 512 : 256, BOTH = 1, FREE = 2;     // barriers
+    next_may_start();
+    wait_for_last();
+    constexpr int MT = N / 64, BOTH = 1, FREE = 2; // barriers
     int me = threadIdx.x % 256, lane = me % 32, g = lane / 4, t4 = lane % 4;
     int all_warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warp = all_warp % 4,
         slot = all_warp / 4 % 2;
-    int heads = d.H / d.G, pairs = (heads + 1) / 2, group = blockIdx.x / pairs;
-    int first = blockIdx.x % pairs * 2, h = group * heads + min(first + slot, heads - 1);
-    bool mine = first + slot < heads;
-    int chunks = d.chunks, begin = blockIdx.y * segment_chunks,
-        end = min(begin + segment_chunks, chunks);
-    int P = d.P;
-    size_t r = blockIdx.z, head = (r * d.H + h) * d.N * P;         // head: in initial and final
-    const bf16 *rows = xBC + r * d.T * d.S;
-    float acc[2][8][4];                            // S or y: 16-row tiles, 8-column tiles
-
-    auto load_x = [&](int chunk) {                 // and cs, dt, doc: 256 threads
-        if (chunk < end) {
-            int buffer = chunk & 1, left = (int)d.T - chunk * FQ;
-            const bf16 *x = rows + (size_t)chunk * FQ * d.S + (group * heads + first) * P;
-            load_tile<FQ, FP, PAD, 256>(sm.x[buffer][0], x, d.S, left, P, me);
-            load_tile<FQ, FP, PAD, 256>(sm.x[buffer][1], x + P, d.S, left,
-                                        first + 1 < heads ? P : 0, me);
-            int i = me % 128;
-            if (i < 64) {
-                size_t from = ((r * d.H + h) * chunks + chunk) * FQ + i % 32 * 4;
-                float *to = i < 32 ? sm.cs[buffer][slot] : sm.dt[buffer][slot];
-                cp_async<16>(to + i % 32 * 4, (i < 32 ? cs : dts) + from, true);
-            }
-            if (doc && me < FQ) {
-                cp_async<4>(&sm.doc[buffer][me], doc + r * d.T + chunk * FQ + min(me, left - 1),
-                            true);
-            }
+    int heads = d.H / d.G, pairs = (heads + 1) / 2, chunks = d.chunks, P = d.P;
+    int walks = pairs * d.G * segments * d.R;
+    auto put_walk = [&](int number, int turn) {    // for all to read
+        if (threadIdx.x > 0 || number >= walks) return;
+        sm.walk[turn].set(number, pairs, segments, segment_chunks, d);
+    };
+    auto head = [&](const Walk &w) {               // of this warp; the last one twice if odd
+        return w.group * heads + min(w.first + slot, heads - 1);
+    };
+    auto doc_before = [&](const Walk &w) {
+        return DOCS && w.begin > 0 ? doc[w.r * d.T + w.begin * FQ - 1] : 0;
+    };
+    // load(walk, chunk, buffer) of the chunk after this one, be it of the next walk
+    auto load_next = [&](auto load, int number, int turn, int chunk, int buffer) {
+        if (chunk + 1 < sm.walk[turn].end) {
+            load(sm.walk[turn], chunk + 1, buffer ^ 1);
+        } else if (number + (int)gridDim.x < walks) {
+            const Walk &next = sm.walk[(turn + 1) % 3];
+            load(next, next.begin, buffer ^ 1);
         }
         cp_async_commit();
     };
-    if (!doc && threadIdx.x < FQ) sm.doc[0][me] = sm.doc[1][me] = 0;
-    int doc_before = doc && begin > 0 ? doc[r * d.T + begin * FQ - 1] : 0;
+    float acc[2][8][4];                            // S or y: 16-row tiles, 8-column tiles
+    int buffer = 0, turn = 0;
+    put_walk(blockIdx.x, 0);
+    __syncthreads();
 
-    if (!SCAN || all_warp < 8) {                   // ---- state warps ----
+    if (all_warp < 8) {                            // ---- state warps ----
         int n0 = warp * (N / 4);
         auto each_pair = [&](auto f) {             // f(two accumulators, their n and p)
             UNROLL for (int i = 0; i < MT; i++) {
@@ -216,108 +443,99 @@ ssd_walk_kernel(bf16 *y, bf16 *states, float *final, float *local, float *local_
             }
         };
         auto inside = [&](int n, int p) { return n < d.N && p < P; };
-        auto load_BC = [&](int chunk) {
-            if (chunk < end) {
-                int left = (int)d.T - chunk * FQ;
-                const bf16 *B = rows + (size_t)chunk * FQ * d.S + d.E + group * d.N;
-                load_tile<FQ, N, PAD, 256>(sm.BC[SCAN ? 0 : chunk & 1], B, d.S, left, d.N, me);
-                if (SCAN) {
-                    load_tile<FQ, N, PAD, 256>(sm.BC[1], B + d.G * d.N, d.S, left, d.N, me);
-                    const uint4 *from = CB + ((r * chunks + chunk) * d.G + group) * CB_TILES * 32;
-                    for (int i = me; i < CB_TILES * 32; i += 256) {
-                        cp_async<16>(&sm.CB[chunk & 1][i], from + i, true);
-                    }
-                }
+        auto load_BC = [&](const Walk &w, int chunk, int to) {
+            int left = (int)d.T - chunk * FQ;
+            const bf16 *B = xBC + (w.r * d.T + chunk * FQ) * d.S + d.E + w.group * d.N;
+            load_tile<FQ, N, PAD, 256>(sm.B, B, d.S, left, d.N, me);
+            load_tile<FQ, N, PAD, 256>(sm.C, B + d.G * d.N, d.S, left, d.N, me);
+            const uint4 *from = CB + ((w.r * chunks + chunk) * d.G + w.group) * CB_TILES * 32;
+            for (int i = me; i < CB_TILES * 32; i += 256) {
+                cp_async<16>(&sm.CB[to][i], from + i, true);
             }
-            if (!SCAN) load_x(chunk);
-            cp_async_commit();
         };
-        load_BC(begin);
-        each_pair([&](float &u, float &v, int n, int p) {
-            bool there = initial && blockIdx.y == 0 && inside(n, p);
-            float2 s =
-                there ? *(const float2 *)(initial + head + n * P + p) : make_float2(0.0f, 0.0f);
-            u = s.x;
-            v = s.y;
-        });
-        for (int s = 0; SCAN && s < blockIdx.y; s++) {    // what the segments before this one leave
-            size_t which = (r * (gridDim.y - 1) + s) * d.H + h;
-            float through = local_decay[which];
+        load_BC(sm.walk[0], sm.walk[0].begin, buffer);
+        cp_async_commit();
+        for (int number = blockIdx.x; number < walks; number += gridDim.x, turn = (turn + 1) % 3) {
+            const Walk &w = sm.walk[turn];
+            put_walk(number + gridDim.x, (turn + 1) % 3);
+            int h = head(w), before = doc_before(w);
+            bool mine = w.first + slot < heads;
+            size_t state = (w.r * d.H + h) * d.N * P;      // in initial and final
             each_pair([&](float &u, float &v, int n, int p) {
-                float2 a = *(const float2 *)(local + (which * N + n) * FP + p);
-                u = u * through + a.x;
-                v = v * through + a.y;
+                bool there = initial && w.segment == 0 && inside(n, p);
+                float2 s = there ? *(const float2 *)(initial + state + n * P + p)
+                                 : make_float2(0.0f, 0.0f);
+                u = s.x;
+                v = s.y;
             });
-        }
-        float total = 1.0f;
-        for (int chunk = begin; chunk < end; chunk++) {
-            int buffer = chunk & 1;
-            bool update = !SCAN || chunk + 1 < end || (final && end == chunks);
-            const bf16 *B = sm.BC[SCAN ? 0 : buffer], *x = sm.x[buffer][slot];
-            const float *my_cs = sm.cs[buffer][slot];
-            if (SCAN) {
+            for (int s = 0; s < w.segment; s++) {  // what the segments before this one leave
+                size_t which = (w.r * (segments - 1) + s) * d.H + h;
+                float through = local_decay[which];
                 each_pair([&](float &u, float &v, int n, int p) {
-                    *(uint32_t *)&sm.S[slot][n * (FP + PAD) + p] = pack(u, v);
+                    float2 a = *(const float2 *)(local + (which * N + n) * FP + p);
+                    u = u * through + a.x;
+                    v = v * through + a.y;
                 });
             }
-            cp_async_wait<0>();
-            barrier_wait(BOTH, THREADS);       // this chunk and S are there, the last chunk is done
-            if (!SCAN) load_BC(chunk + 1);
-            if (SCAN && mine) {
-                bf16 *to = states + ((r * chunks + chunk) * d.H + h) * d.N * P;
-                store_tile<N, FP, PAD, 128>(to, sm.S[slot], P, d.N, P, me % 128);
-            }
-            int doc_last = sm.doc[buffer][FQ - 1];
-            float through = decay(my_cs[FQ - 1], doc_last == doc_before);
-            total *= through;
-            doc_before = doc_last;
-            if (update) {
-                bf16 *weight = sm.weight[all_warp];
-                decays(weight, my_cs, sm.dt[buffer][slot], sm.doc[buffer], FQ - 1);
-                __syncwarp();
-                each_pair([&](float &u, float &v, int, int) {
-                    u *= through;
-                    v *= through;
-                });
-                UNROLL for (int k = 0; k < FQ; k += 16) {
-                    uint32_t a[MT][4], b[4];
-                    uint32_t w0 = *(const uint32_t *)(weight + k + 2 * t4);
-                    uint32_t w1 = *(const uint32_t *)(weight + k + 8 + 2 * t4);
-                    UNROLL for (int i = 0; i < MT; i++) {
-                        load_a_t<N, PAD>(a[i], B, k, n0 + 16 * i, lane);
-                        UNROLL for (int e = 0; e < 4; e++) {
-                            a[i][e] = mul_bf16x2(a[i][e], e < 2 ? w0 : w1);
-                        }
-                    }
-                    UNROLL for (int j = 0; j < 8; j += 2) {
-                        load_b_t<FP, PAD>(b, x, k, 8 * j, lane);
+            #pragma unroll 1
+            for (int chunk = w.begin; chunk < w.end; chunk++, buffer ^= 1) {
+                bool update = chunk + 1 < w.end || (final && w.end == chunks);
+                bool empty = chunk == 0 && !initial;
+                const bf16 *x = sm.x[buffer][slot];
+                const float *my_cs = sm.cs[buffer][slot];
+                if (!empty) {
+                    each_pair([&](float &u, float &v, int n, int p) {
+                        *(uint32_t *)&sm.S[slot][n * (FP + PAD) + p] = pack(u, v);
+                    });
+                }
+                cp_async_wait<0>();
+                barrier_wait(BOTH, 512);
+                if (mine && !empty) {
+                    bf16 *to = states + ((w.r * chunks + chunk) * d.H + h) * d.N * P;
+                    store_tile<N, FP, PAD, 128>(to, sm.S[slot], P, d.N, P, me % 128);
+                }
+                int doc_last = DOCS ? sm.doc[buffer][FQ - 1] : 0;
+                if (update) {
+                    float through = decay(my_cs[FQ - 1], doc_last == before);
+                    bf16 *weight = sm.weight[all_warp];
+                    decays<DOCS>(weight, my_cs, sm.dt[buffer][slot], sm.doc[buffer], FQ - 1);
+                    __syncwarp();
+                    each_pair([&](float &u, float &v, int, int) {
+                        u *= through;
+                        v *= through;
+                    });
+                    UNROLL for (int k = 0; k < FQ; k += 16) {
+                        uint32_t a[MT][4], b[4];
+                        uint32_t w0 = *(const uint32_t *)(weight + k + 2 * t4);
+                        uint32_t w1 = *(const uint32_t *)(weight + k + 8 + 2 * t4);
                         UNROLL for (int i = 0; i < MT; i++) {
-                            mma(acc[i][j], a[i], b);
-                            mma(acc[i][j + 1], a[i], b + 2);
+                            load_a_t<N, PAD>(a[i], sm.B, k, n0 + 16 * i, lane);
+                            UNROLL for (int e = 0; e < 4; e++) {
+                                a[i][e] = mul_bf16x2(a[i][e], e < 2 ? w0 : w1);
+                            }
+                        }
+                        UNROLL for (int j = 0; j < 8; j += 2) {
+                            load_b_t<FP, PAD>(b, x, k, 8 * j, lane);
+                            UNROLL for (int i = 0; i < MT; i++) {
+                                mma(acc[i][j], a[i], b);
+                                mma(acc[i][j + 1], a[i], b + 2);
+                            }
                         }
                     }
                 }
+                before = doc_last;
+                barrier_wait(FREE, 512);           // B, C and S are no longer needed
+                load_next(load_BC, number, turn, chunk, buffer);
             }
-            if (SCAN) {
-                barrier_wait(FREE, THREADS);       // B, C and S are no longer needed
-                load_BC(chunk + 1);
+            if (mine && final && w.end == chunks) {
+                each_pair([&](float &u, float &v, int n, int p) {
+                    if (inside(n, p)) *(float2 *)(final + state + n * P + p) = make_float2(u, v);
+                });
             }
-        }
-        if (!SCAN && mine) {
-            size_t which = (r * gridDim.y + blockIdx.y) * d.H + h;
-            each_pair([&](float &u, float &v, int n, int p) {
-                *(float2 *)(local + (which * N + n) * FP + p) = make_float2(u, v);
-            });
-            if (me % 128 == 0) local_decay[which] = total;
-        } else if (mine && final && end == chunks) {
-            each_pair([&](float &u, float &v, int n, int p) {
-                if (inside(n, p)) *(float2 *)(final + head + n * P + p) = make_float2(u, v);
-            });
         }
     } else {                                       // ---- y warps ----
         const int tile[2] = {warp, 7 - warp};
         bf16 (*ratio)[FQ] = sm.ratio[all_warp - 8];
-        float skip = D[h];
         auto scale = [&](int i, float upper, float lower) {
             UNROLL for (int j = 0; j < 8; j++) {
                 acc[i][j][0] *= upper;
@@ -326,107 +544,132 @@ ssd_walk_kernel(bf16 *y, bf16 *states, float *final, float *local, float *local_
                 acc[i][j][3] *= lower;
             }
         };
-        load_x(begin);
-        for (int chunk = begin; chunk < end; chunk++) {
-            int buffer = chunk & 1;
-            const float *my_cs = sm.cs[buffer][slot], *my_dt = sm.dt[buffer][slot];
-            const int *my_doc = sm.doc[buffer];
-            const bf16 *x = sm.x[buffer][slot];
-            cp_async_wait<0>();
-            barrier_wait(BOTH, THREADS);           // this chunk and S are there
-            load_x(chunk + 1);
-            UNROLL for (int i = 0; i < 2; i++) {
-                decays(ratio[i], my_cs, my_dt, my_doc, 16 * tile[i]);
-                UNROLL for (int j = 0; j < 8; j++) {
-                    UNROLL for (int e = 0; e < 4; e++) {
-                        acc[i][j][e] = 0.0f;
-                    }
-                }
+        auto load_x = [&](const Walk &w, int chunk, int to) {      // and cs, dt, doc
+            int left = (int)d.T - chunk * FQ;
+            const bf16 *x = xBC + (w.r * d.T + chunk * FQ) * d.S + (w.group * heads + w.first) * P;
+            load_tile<FQ, FP, PAD, 256>(sm.x[to][0], x, d.S, left, P, me);
+            load_tile<FQ, FP, PAD, 256>(sm.x[to][1], x + P, d.S, left,
+                                        w.first + 1 < heads ? P : 0, me);
+            int i = me % 128;
+            if (i < 64) {
+                size_t from = ((w.r * d.H + head(w)) * chunks + chunk) * FQ + i % 32 * 4;
+                float *steps = i < 32 ? sm.cs[to][slot] : sm.dt[to][slot];
+                cp_async<16>(steps + i % 32 * 4, (i < 32 ? cs : dts) + from, true);
             }
-            __syncwarp();
-            if (chunk > 0 || initial) {            // C S
-                UNROLL for (int k = 0; k < N; k += 16) {
-                    uint32_t a[2][4], b[4];
-                    UNROLL for (int i = 0; i < 2; i++) {
-                        load_a<N, PAD>(a[i], sm.BC[1], 16 * tile[i], k, lane);
-                    }
-                    UNROLL for (int j = 0; j < 8; j += 2) {
-                        load_b_t<FP, PAD>(b, sm.S[slot], k, 8 * j, lane);
-                        UNROLL for (int i = 0; i < 2; i++) {
-                            mma(acc[i][j], a[i], b);
-                            mma(acc[i][j + 1], a[i], b + 2);
+            if (DOCS && me < FQ) {
+                const int *docs = doc + w.r * d.T + chunk * FQ;
+                cp_async<4>(&sm.doc[to][me], docs + min(me, left - 1), true);
+            }
+        };
+        load_x(sm.walk[0], sm.walk[0].begin, buffer);
+        cp_async_commit();
+        for (int number = blockIdx.x; number < walks; number += gridDim.x, turn = (turn + 1) % 3) {
+            const Walk &w = sm.walk[turn];
+            int h = head(w), before = doc_before(w);
+            bool mine = w.first + slot < heads;
+            float skip = D[h];
+            #pragma unroll 1
+            for (int chunk = w.begin; chunk < w.end; chunk++, buffer ^= 1) {
+                const float *my_cs = sm.cs[buffer][slot], *my_dt = sm.dt[buffer][slot];
+                const int *my_doc = sm.doc[buffer];
+                const bf16 *x = sm.x[buffer][slot];
+                auto same = [&](int l, int k) { return !DOCS || my_doc[l] == k; };
+                cp_async_wait<0>();
+                barrier_wait(BOTH, 512);
+                load_next(load_x, number, turn, chunk, buffer);
+                UNROLL for (int i = 0; i < 2; i++) {
+                    decays<DOCS>(ratio[i], my_cs, my_dt, my_doc, 16 * tile[i]);
+                    UNROLL for (int j = 0; j < 8; j++) {
+                        UNROLL for (int e = 0; e < 4; e++) {
+                            acc[i][j][e] = 0.0f;
                         }
                     }
                 }
-                UNROLL for (int i = 0; i < 2; i++) {
+                __syncwarp();
+                if (chunk > 0 || initial) {        // C S
+                    UNROLL for (int k = 0; k < N; k += 16) {
+                        uint32_t a[2][4], b[4];
+                        UNROLL for (int i = 0; i < 2; i++) {
+                            load_a<N, PAD>(a[i], sm.C, 16 * tile[i], k, lane);
+                        }
+                        UNROLL for (int j = 0; j < 8; j += 2) {
+                            load_b_t<FP, PAD>(b, sm.S[slot], k, 8 * j, lane);
+                            UNROLL for (int i = 0; i < 2; i++) {
+                                mma(acc[i][j], a[i], b);
+                                mma(acc[i][j + 1], a[i], b + 2);
+                            }
+                        }
+                    }
+                    UNROLL for (int i = 0; i < 2; i++) {
+                        int a = 16 * tile[i];
+                        float e = decay(my_cs[a], same(a, before));
+                        scale(i, e, e);
+                    }
+                }
+                if (DOCS) before = my_doc[FQ - 1];
+                barrier_arrive(FREE, 512);         // C and S are no longer needed
+                auto row = [&](int i) {
+                    return sm.CB[buffer] + tile[i] * (tile[i] + 1) / 2 * 32 + lane;
+                };
+                auto add = [&](int i, const uint32_t m[4], const uint32_t b[4][4]) {
+                    UNROLL for (int p = 0; p < 8; p++) {
+                        mma(acc[i][p], m, &b[p / 2][p % 2 * 2]);
+                    }
+                };
+                auto below = [&](int i, int j, const uint32_t b[4][4]) {  // tile (i,j) of M, j < i
+                    uint4 v = row(i)[j * 32];
+                    uint32_t f0 = *(const uint32_t *)(ratio[i] + 16 * j + 2 * t4);
+                    uint32_t f1 = *(const uint32_t *)(ratio[i] + 16 * j + 2 * t4 + 8);
+                    uint32_t m[4] = {mul_bf16x2(v.x, f0), mul_bf16x2(v.y, f0),
+                                     mul_bf16x2(v.z, f1), mul_bf16x2(v.w, f1)};
+                    add(i, m, b);
+                };
+                UNROLL for (int j = 0; j < 7; j++) {
+                    if (j >= 4 && j >= tile[1]) continue;
+                    uint32_t b[4][4];
+                    UNROLL for (int p = 0; p < 4; p++) {
+                        load_b_t<FP, PAD>(b[p], x, 16 * j, 16 * p, lane);
+                    }
+                    below(1, j, b);
+                    if (j < 3) if (j < tile[0]) below(0, j, b);
+                }
+                UNROLL for (int i = 0; i < 2; i++) {               // the diagonal tile
                     int a = 16 * tile[i];
-                    float e = decay(my_cs[a], my_doc[a] == doc_before);
-                    scale(i, e, e);
+                    float l_cs[2] = {my_cs[a + g], my_cs[a + g + 8]};
+                    int l_doc[2] = {DOCS ? my_doc[a + g] : 0, DOCS ? my_doc[a + g + 8] : 0};
+                    scale(i, decay(l_cs[0] - my_cs[a], same(a, l_doc[0])),
+                          decay(l_cs[1] - my_cs[a], same(a, l_doc[1])));
+                    uint4 v = row(i)[tile[i] * 32];
+                    uint32_t m[4] = {v.x, v.y, v.z, v.w}, b[4][4];
+                    UNROLL for (int p = 0; p < 4; p++) {
+                        load_b_t<FP, PAD>(b[p], x, a, 16 * p, lane);
+                    }
+                    UNROLL for (int e = 0; e < 4; e++) {
+                        int s = 8 * (e / 2) + 2 * t4, past = s - 8 * (e % 2) - g;  // s - l
+                        float2 c = *(const float2 *)(my_cs + a + s),
+                               dt = *(const float2 *)(my_dt + a + s);
+                        float l = l_cs[e % 2];
+                        float u = low(m[e]) * decay(l - c.x, same(a + s, l_doc[e % 2])) * dt.x;
+                        float v = high(m[e]) * decay(l - c.y, same(a + s + 1, l_doc[e % 2])) * dt.y;
+                        m[e] = pack(past > 0 ? 0.0f : past == 0 ? u + skip : u,
+                                    past >= 0 ? 0.0f : past == -1 ? v + skip : v);
+                    }
+                    add(i, m, b);
                 }
-            }
-            doc_before = my_doc[FQ - 1];
-            barrier_arrive(FREE, THREADS);         // C and S are no longer needed
-            auto row = [&](int i) {
-                return sm.CB[buffer] + tile[i] * (tile[i] + 1) / 2 * 32 + lane;
-            };
-            auto add = [&](int i, const uint32_t m[4], const uint32_t b[4][4]) {
-                UNROLL for (int p = 0; p < 8; p++) {
-                    mma(acc[i][p], m, &b[p / 2][p % 2 * 2]);
-                }
-            };
-            auto below = [&](int i, int j, const uint32_t b[4][4]) {      // tile (i,j), j < i, of M
-                uint4 v = row(i)[j * 32];
-                uint32_t f0 = *(const uint32_t *)(ratio[i] + 16 * j + 2 * t4);
-                uint32_t f1 = *(const uint32_t *)(ratio[i] + 16 * j + 2 * t4 + 8);
-                uint32_t m[4] = {mul_bf16x2(v.x, f0), mul_bf16x2(v.y, f0),
-                                 mul_bf16x2(v.z, f1), mul_bf16x2(v.w, f1)};
-                add(i, m, b);
-            };
-            UNROLL for (int j = 0; j < 7; j++) {
-                if (j >= 4 && j >= tile[1]) continue;
-                uint32_t b[4][4];
-                UNROLL for (int p = 0; p < 4; p++) {
-                    load_b_t<FP, PAD>(b[p], x, 16 * j, 16 * p, lane);
-                }
-                below(1, j, b);
-                if (j < 3) if (j < tile[0]) below(0, j, b);
-            }
-            UNROLL for (int i = 0; i < 2; i++) {   // the diagonal tile
-                int a = 16 * tile[i];
-                float l_cs[2] = {my_cs[a + g], my_cs[a + g + 8]};
-                int l_doc[2] = {my_doc[a + g], my_doc[a + g + 8]};
-                scale(i, decay(l_cs[0] - my_cs[a], l_doc[0] == my_doc[a]),
-                      decay(l_cs[1] - my_cs[a], l_doc[1] == my_doc[a]));
-                uint4 v = row(i)[tile[i] * 32];
-                uint32_t m[4] = {v.x, v.y, v.z, v.w}, b[4][4];
-                UNROLL for (int p = 0; p < 4; p++) {
-                    load_b_t<FP, PAD>(b[p], x, a, 16 * p, lane);
-                }
-                UNROLL for (int e = 0; e < 4; e++) {
-                    int s = 8 * (e / 2) + 2 * t4, past = s - 8 * (e % 2) - g;      // s - l
-                    float2 c = *(const float2 *)(my_cs + a + s),
-                           dt = *(const float2 *)(my_dt + a + s);
-                    int2 k = *(const int2 *)(my_doc + a + s);
-                    float u = low(m[e]) * decay(l_cs[e % 2] - c.x, l_doc[e % 2] == k.x) * dt.x;
-                    float w = high(m[e]) * decay(l_cs[e % 2] - c.y, l_doc[e % 2] == k.y) * dt.y;
-                    m[e] = pack(past > 0 ? 0.0f : past == 0 ? u + skip : u,
-                                past >= 0 ? 0.0f : past == -1 ? w + skip : w);
-                }
-                add(i, m, b);
-            }
-            // Neighbouring lanes swap, so that each has 4 columns of a row: whole sectors are
-            // written.
-            UNROLL for (int i = 0; i < 2; i++) {
-                UNROLL for (int e = 0; e < 4; e += 2) {
-                    int l = chunk * FQ + 16 * tile[i] + g + 4 * e,
-                        p = 8 * (lane & 1) + 2 * (lane & 2);
-                    bf16 *to = y + (r * d.T + l) * d.E + h * P + p;
-                    UNROLL for (int j = 0; j < 8; j += 2) {
-                        uint32_t u = pack(acc[i][j][e], acc[i][j][e + 1]);
-                        uint32_t v = pack(acc[i][j + 1][e], acc[i][j + 1][e + 1]);
-                        uint32_t got = __shfl_xor_sync(~0u, lane & 1 ? u : v, 1);
-                        uint2 four = lane & 1 ? make_uint2(got, v) : make_uint2(u, got);
-                        if (mine && l < d.T && 8 * j + p < P) *(uint2 *)(to + 8 * j) = four;
+                // Neighbouring lanes swap, so that each has 4 columns of a row: whole sectors are
+                // written.
+                UNROLL for (int i = 0; i < 2; i++) {
+                    UNROLL for (int e = 0; e < 4; e += 2) {
+                        int l = chunk * FQ + 16 * tile[i] + g + 4 * e,
+                            p = 8 * (lane & 1) + 2 * (lane & 2);
+                        bf16 *to = y + (w.r * d.T + l) * d.E + h * P + p;
+                        UNROLL for (int j = 0; j < 8; j += 2) {
+                            uint32_t u = pack(acc[i][j][e], acc[i][j][e + 1]);
+                            uint32_t v = pack(acc[i][j + 1][e], acc[i][j + 1][e + 1]);
+                            uint32_t got = __shfl_xor_sync(~0u, lane & 1 ? u : v, 1);
+                            uint2 four = lane & 1 ? make_uint2(got, v) : make_uint2(u, got);
+                            if (mine && l < d.T && 8 * j + p < P) *(uint2 *)(to + 8 * j) = four;
+                        }
                     }
                 }
             }
@@ -434,141 +677,39 @@ ssd_walk_kernel(bf16 *y, bf16 *states, float *final, float *local, float *local_
     }
 }
 
-// In how many segments to cut a sequence: 1 when pairs of heads alone fill the 132 multiprocessors,
-// each of which runs one block. In units of the time of a chunk, as measured on an H200: a block
-// takes 2.5 more to start, the pass without SCAN takes half the time, and its launch 2.
-static int ssd_segments(const Dims *d) {
-    int pairs = (int)(d->R * d->G * pieces(d->H / d->G, 2)), chunks = (int)d->chunks, best = 1;
-    float least = INFINITY;
-    for (int n = 1; n <= chunks; n++) {
-        int length = pieces(chunks, n);
-        if ((int)pieces(chunks, length) != n) continue;
-        float cost = pieces(pairs * n, 132) * (length + 2.5f);
-        if (n > 1) cost += pieces(pairs * (n - 1), 132) * (length + 2.5f) * 0.5f + 2.0f;
-        if (cost < least) {
-            least = cost;
-            best = n;
-        }
+// ---- in how many segments to cut the sequence ---------------------------------------------------
+// One, when rows and heads alone fill the GPU. In units of the time of a chunk, as measured on an
+// H200, where WALKERS blocks walk at once, or BACK_WALKERS of ssd_sum_kernel: a block takes 2.5 more
+// to start. These are constants, not the numbers of the GPU at hand, for the bits depend on them.
+constexpr int WALKERS = 132, BACK_WALKERS = 3 * 132;
+
+template<class Cost> static int cheapest_segments(int chunks, Cost cost) {
+    int best = 1;
+    for (int n = 2; n <= chunks; n++) {
+        if ((int)pieces(chunks, pieces(chunks, n)) == n && cost(n) < cost(best)) best = n;
     }
     return best;
 }
-
-// ---- backward 1: gradients of the states --------------------------------------------------------
-// A block (4 warps) per head walks the chunks backward with gS (N,P) in float accumulators, N/4
-// rows a warp; g_y and C come in halves of a chunk.
-constexpr int HALF = 64;
-template<int N> struct WalkBackShared {
-    bf16 S[N * (FP + PAD)];                        // S in, then gS out
-    bf16 gy[2][HALF * (FP + PAD)], C[2][HALF * (N + PAD)];
-    float from_start[FQ], part[4];
-};
-
-template<int N>
-__global__ void __launch_bounds__(128, 3)
-ssd_walk_back_kernel(bf16 *g_states, float *kappa, float *g_initial, const bf16 *states,
-                     const bf16 *g_y, const float *g_final, const bf16 *xBC, const float *cs,
-                     const int *doc, Dims d) {
-    extern __shared__ __align__(128) unsigned char shared[];
-    WalkBackShared<N> &sm = *(WalkBackShared<N> *)shared;
-    constexpr int MT = N / 64;
-    int me = threadIdx.x, lane = me % 32, warp = me / 32, g = lane / 4, t4 = lane % 4;
-    int n0 = warp * (N / 4), chunks = d.chunks, P = d.P;
-    size_t h = blockIdx.x, r = blockIdx.y, head = (r * d.H + h) * d.N * P, group = h / (d.H / d.G);
-    float acc[MT][8][4];
-    auto each_pair = [&](auto f) {                 // f(two accumulators, their n and p)
-        UNROLL for (int i = 0; i < MT; i++) {
-            UNROLL for (int j = 0; j < 8; j++) {
-                UNROLL for (int e = 0; e < 4; e += 2) {
-                    f(acc[i][j][e], acc[i][j][e + 1], n0 + g + 16 * i + 4 * e, 8 * j + 2 * t4);
-                }
-            }
-        }
-    };
-    auto load_half = [&](int c, int half) {
-        int t0 = c * FQ + half * HALF, left = (int)d.T - t0;
-        size_t token = r * d.T + t0;
-        load_tile<HALF, FP, PAD, 128>(sm.gy[half], g_y + token * d.E + h * P, d.E, left, P, me);
-        const bf16 *C = xBC + token * d.S + d.E + (d.G + group) * d.N;
-        load_tile<HALF, N, PAD, 128>(sm.C[half], C, d.S, left, d.N, me);
-    };
-    auto state = [&](int c) { return ((r * chunks + c) * d.H + h) * d.N * P; };
-    auto from_start = [&](int c) {                 // the decay of step `me` from the chunk's start
-        float sum = cs[((r * d.H + h) * chunks + c) * FQ + me];
-        if (!doc) return decay(sum, true);
-        const int *docs = doc + r * d.T + c * FQ;
-        return decay(sum, docs[min(me, (int)d.T - c * FQ - 1)] == (c > 0 ? docs[-1] : 0));
-    };
-    each_pair([&](float &u, float &v, int n, int p) {
-        bool there = g_final && n < d.N && p < P;
-        float2 s = there ? *(const float2 *)(g_final + head + n * P + p) : make_float2(0.0f, 0.0f);
-        u = s.x;
-        v = s.y;
+// The pass of local sums takes about half the time of the walk.
+static int forward_segments(const Dims *d) {
+    float walks = d->R * d->G * pieces(d->H / d->G, 2);
+    return cheapest_segments((int)d->chunks, [&](int n) {
+        float length = pieces(d->chunks, n);
+        float local = n > 1 ? 0.55f * walks * (n - 1) * length / WALKERS + 2.0f : 0.0f;
+        return ceilf(walks * n / WALKERS) * length + 2.5f + local;
     });
-    load_tile<N, FP, PAD, 128>(sm.S, states + state(chunks - 1), P, d.N, P, me);
-    load_half(chunks - 1, 0);
-    cp_async_commit();
-    load_half(chunks - 1, 1);
-    cp_async_commit();
-    float next = from_start(chunks - 1);
-    for (int c = chunks - 1; c >= 0; c--) {
-        sm.from_start[me] = next;
-        cp_async_wait<1>();
-        __syncthreads();
-        if (c > 0) next = from_start(c - 1);
-        float through = sm.from_start[FQ - 1], sum = 0.0f;
-        each_pair([&](float &u, float &v, int n, int p) {
-            uint32_t *S = (uint32_t *)&sm.S[n * (FP + PAD) + p];
-            sum += low(*S) * u + high(*S) * v;
-            *S = pack(u, v);
-            u *= through;
-            v *= through;
-        });
-        sum = warp_sum(sum);
-        if (lane == 0) sm.part[warp] = sum;
-        __syncthreads();
-        if (me == 0) {
-            kappa[(r * chunks + c) * d.H + h] =
-                through * (sm.part[0] + sm.part[1] + sm.part[2] + sm.part[3]);
-        }
-        store_tile<N, FP, PAD, 128>(g_states + state(c), sm.S, P, d.N, P, me);
-        #pragma unroll 1
-        for (int half = 0; half < 2; half++) {
-            UNROLL for (int k = 0; k < HALF; k += 16) {
-                uint32_t a[MT][4], b[4];
-                float2 e0 = *(const float2 *)&sm.from_start[half * HALF + k + 2 * t4];
-                float2 e1 = *(const float2 *)&sm.from_start[half * HALF + k + 8 + 2 * t4];
-                UNROLL for (int i = 0; i < MT; i++) {
-                    load_a_t<N, PAD>(a[i], sm.C[half], k, n0 + 16 * i, lane);
-                    UNROLL for (int e = 0; e < 4; e++) {
-                        float2 f = e < 2 ? e0 : e1;
-                        a[i][e] = pack(low(a[i][e]) * f.x, high(a[i][e]) * f.y);
-                    }
-                }
-                UNROLL for (int j = 0; j < 8; j += 2) {
-                    load_b_t<FP, PAD>(b, sm.gy[half], k, 8 * j, lane);
-                    UNROLL for (int i = 0; i < MT; i++) {
-                        mma(acc[i][j], a[i], b);
-                        mma(acc[i][j + 1], a[i], b + 2);
-                    }
-                }
-            }
-            __syncthreads();                       // this half (and S, after the first) is free
-            if (c > 0) {
-                if (half == 0) {
-                    load_tile<N, FP, PAD, 128>(sm.S, states + state(c - 1), P, d.N, P, me);
-                }
-                load_half(c - 1, half);
-            }
-            cp_async_commit();
-            if (half == 0) {
-                cp_async_wait<1>();
-                __syncthreads();
-            }
-        }
-    }
-    if (!g_initial) return;
-    each_pair([&](float &u, float &v, int n, int p) {
-        if (n < d.N && p < P) *(float2 *)(g_initial + head + n * P + p) = make_float2(u, v);
+}
+// Fewer blocks than places take less long for a chunk, but not much: each waits for its copies. A
+// block adds up what the segments beyond its own leave, half of them on average.
+static int backward_segments(const Dims *d) {
+    float heads = d->R * d->H;
+    return cheapest_segments((int)d->chunks, [&](int n) {
+        auto pass = [&](int segments) {
+            float full = heads * segments / BACK_WALKERS;
+            return pieces(d->chunks, n) * (full < 1 ? 0.75f + 0.25f * full : ceilf(full)) + 2.5f;
+        };
+        float join = 0.15f * n * ceilf(heads * n / BACK_WALKERS);
+        return pass(n) + (n > 1 ? pass(n - 1) + join : 0.0f);
     });
 }
 
@@ -582,6 +723,7 @@ ssd_walk_back_kernel(bf16 *g_states, float *kappa, float *g_initial, const bf16 
 // G is made of the rounded W, the one in R, so that row sums and the column sums in R . x cancel as
 // they must; CB stays in float here, or G would be rounded twice. L of a block above the diagonal
 // is exp2(cs_l - cs of the block's first l) exp2(that - cs of its last s) exp2(that - cs_s).
+// Rows in descending order: the first ones are those that ssd_sum_kernel left in the L2 cache.
 constexpr int G_X_THREADS = 640;
 __device__ inline int tile_number(int i, int j) { return i * (17 - i) / 2 + j - i; }   // i <= j < 8
 template<int N> struct GxShared {
@@ -598,9 +740,11 @@ template<int N>
 __global__ void __launch_bounds__(G_X_THREADS, 1)
 ssd_g_x_fast_kernel(bf16 *g_xBC, bf16 *g_CB, float *g_dts, float *rowsum, float *g_D_part,
                     const bf16 *g_states, const bf16 *g_y, const bf16 *xBC, const float *cs,
-                    const float *dts, const float *D, const int *doc, Dims d) {
+                    const float *dts, const float *D, const int *doc, Dims d, bool has_g_final) {
     extern __shared__ __align__(128) unsigned char shared[];
     GxShared<N> &sm = *(GxShared<N> *)shared;
+    next_may_start();
+    wait_for_last();
     int me = threadIdx.x, lane = me % 32, warp = __shfl_sync(~0u, me / 32, 0), g = lane / 4,
         t4 = lane % 4;
     auto fresh = [&] {                             // addresses made of these are worked out again
@@ -608,11 +752,12 @@ ssd_g_x_fast_kernel(bf16 *g_xBC, bf16 *g_CB, float *g_dts, float *rowsum, float 
         g = lane / 4;
         t4 = lane % 4;
     };
-    int c = blockIdx.x, chunks = d.chunks, heads = d.H / d.G, first = blockIdx.y * heads;
+    int c = blockIdx.x, chunks = gridDim.x, heads = d.H / d.G, first = blockIdx.y * heads;
     int rows = min(FQ, (int)d.T - c * FQ), P = d.P;
-    size_t r = blockIdx.z, token = r * d.T + c * FQ, number = r * chunks + c;
+    size_t r = gridDim.z - 1 - blockIdx.z, token = r * d.T + c * FQ, number = r * gridDim.x + c;
     const bf16 *C = sm.xy[1], *B = sm.xy[2];       // before the loop
     size_t steps = ((r * d.H + first) * chunks + c) * FQ;        // of this chunk and the first head
+    bool has_gS = c + 1 < chunks || has_g_final;   // else it is zero, and not in memory
     auto all_meet = [] { barrier_wait(1, G_X_THREADS); };
     if (warp >= 18) {                              // ---- copies ----
         me -= 18 * 32;
@@ -661,7 +806,7 @@ ssd_g_x_fast_kernel(bf16 *g_xBC, bf16 *g_CB, float *g_dts, float *rowsum, float 
         all_meet();                                // the others are done with C
         for (int i = 0; i < heads; i++) {
             const bf16 *gS = g_states + (number * d.H + first + i) * d.N * P;
-            load_tile<N, FP, 0, 64>(sm.gS[i % 2], gS, P, d.N, P, me);
+            load_tile<N, FP, 0, 64>(sm.gS[i % 2], gS, P, has_gS ? (int)d.N : 0, P, me);
             if (i + 1 < heads) {
                 load_xy(i + 1);
                 fetch_steps(i + 1);
@@ -865,6 +1010,8 @@ ssd_g_x_fast_kernel(bf16 *g_xBC, bf16 *g_CB, float *g_dts, float *rowsum, float 
 // A block (8 warps of 32 rows x N/2) per chunk and group: the product with g_CB in two steps, then
 // a step for every head, all in one accumulator, so that two blocks fit on a multiprocessor. Rows
 // are scaled in the operand A. C . (a head's part) is the growth of C . accumulator.
+// Of a first chunk without an initial state, S is zero, and gS of a last one without g_final; they
+// are not in memory.
 template<int N, bool OF_C> struct GbcShared {
     static constexpr int PADDED = OF_C && N > 64 ? PAD : 0;        // permuting takes registers
     static constexpr int A = FQ * (HALF + PADDED);                 // (Q,64), or of g_CB (64,Q)
@@ -873,11 +1020,14 @@ template<int N, bool OF_C> struct GbcShared {
     float scale[2][FQ], dots[3][2][FQ];            // dots: C . accumulator, by half of the columns;
 };                                            // three, as a difference is read while one is written
 
-template<int N, bool OF_C>
+template<int N, bool OF_C, bool DOCS>
 __global__ void __launch_bounds__(256, 2)
 ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, const bf16 *g_CB, const bf16 *states, const bf16 *g_y,
-                     const bf16 *xBC, const float *cs, const float *dts, const int *doc, Dims d) {
+                     const bf16 *xBC, const float *cs, const float *dts, const int *doc, Dims d,
+                     bool has_end) {
     extern __shared__ __align__(128) unsigned char shared[];
+    next_may_start();
+    wait_for_last();
     typedef GbcShared<N, OF_C> Shared;
     Shared &sm = *(Shared *)shared;
     constexpr int J = N / 16, PADDED = Shared::PADDED;
@@ -902,12 +1052,13 @@ ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, const bf16 *g_CB, const bf16 *state
             load_tile<HALF, N, PADDED, 256>(b, other, d.S, rows - i * HALF, d.N, me);
         } else {                                   // g_C += g_y S^T; g_B += x gS^T
             load_tile<FQ, FP, PADDED, 256>(a, in + (i - 2) * P, OF_C ? d.E : d.S, rows, P, me);
-            load_tile<N, FP, PADDED, 256>(b, states + (i - 2) * d.N * P, P, d.N, P, me);
+            bool zero = !has_end && (OF_C ? c == 0 : c + 1 == chunks);
+            load_tile<N, FP, PADDED, 256>(b, states + (i - 2) * d.N * P, P, zero ? 0 : d.N, P, me);
         }
         cp_async_commit();
     };
     bool reached = true;                           // from this block's other end: the same document
-    if (doc && me < FQ) {
+    if (DOCS && me < FQ) {
         const int *docs = doc + token;
         int other = OF_C ? (c > 0 ? docs[-1] : 0) : docs[rows - 1];
         reached = docs[min(me, rows - 1)] == other;
@@ -997,4 +1148,45 @@ ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, const bf16 *g_CB, const bf16 *state
     __syncthreads();
     bf16 *to = g_xBC + token * d.S + d.E + ((OF_C ? d.G : 0) + blockIdx.y) * d.N;
     store_tile<FQ, N, PADDED, 256>(to, out, d.S, rows, d.N, me);
+}
+
+// ---- backward 5: the sums over the steps of a chunk ---------------------------------------------
+// A warp per head, 4 steps a lane: da_t = kappa + the sum of q before t + that of pi from t on, with
+// q = dt g_dt(direct) - rowsum; from it g_dt (n,H), through shared memory, and this chunk's part of
+// g_A, g_A_part (R,chunks,H).
+__global__ void __launch_bounds__(256)
+ssd_finish_fast_kernel(float *g_dt, float *g_A_part, const float *g_dts, const float *rowsum,
+                       const float *pi, const float *kappa, const float *dts, const float *A_log,
+                       Dims d) {
+    __shared__ float tile[FQ][9];
+    next_may_start();
+    wait_for_last();
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    size_t c = blockIdx.x, h0 = blockIdx.y * 8, h = h0 + warp, r = blockIdx.z;
+    if (h < d.H) {
+        size_t at = ((r * d.H + h) * d.chunks + c) * FQ + 4 * lane, number = r * d.chunks + c;
+        float4 dt = *(const float4 *)(dts + at), direct = *(const float4 *)(g_dts + at);
+        float4 sum = *(const float4 *)(rowsum + at), p = *(const float4 *)(pi + at);
+        float q0 = dt.x * direct.x - sum.x, q1 = dt.y * direct.y - sum.y,
+              q2 = dt.z * direct.z - sum.z, q3 = dt.w * direct.w - sum.w;
+        float own = q0 + q1 + q2 + q3, from_own = p.x + p.y + p.z + p.w;
+        float before = __shfl_up_sync(~0u, warp_scan(own), 1), upto = warp_scan(from_own);
+        if (lane == 0) before = 0.0f;
+        float beyond = __shfl_sync(~0u, upto, 31) - upto;
+        float base = kappa[number * d.H + h] + before + beyond, a = -expf(A_log[h]);
+        float da0 = base + p.x + p.y + p.z + p.w, da1 = base + q0 + p.y + p.z + p.w;
+        float da2 = base + q0 + q1 + p.z + p.w, da3 = base + q0 + q1 + q2 + p.w;
+        float *to = &tile[4 * lane][warp];
+        to[0] = direct.x + a * da0;
+        to[9] = direct.y + a * da1;
+        to[18] = direct.z + a * da2;
+        to[27] = direct.w + a * da3;
+        float part = warp_sum(dt.x * da0 + dt.y * da1 + dt.z * da2 + dt.w * da3);
+        if (lane == 0) g_A_part[number * d.H + h] = part;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < 8 * FQ; i += 256) {
+        size_t t = c * FQ + i / 8;
+        if (t < d.T && h0 + i % 8 < d.H) g_dt[(r * d.T + t) * d.H + h0 + i % 8] = tile[i / 8][i % 8];
+    }
 }
