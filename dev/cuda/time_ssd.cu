@@ -15,25 +15,25 @@ static void launched(const char *function, int line);
 
 // ---- events after each kernel -------------------------------------------------------------------
 
-struct Mark {
+struct Stamp {
     const char *function;
     int line;
     cudaEvent_t event;
 };
-static std::vector<Mark> marks;
+static std::vector<Stamp> stamps;
 static size_t used;
-static bool marking;
+static bool stamping;
 
 static void launched(const char *function, int line) {
     CUDA(cudaGetLastError());
-    if (!marking) return;
-    if (used == marks.size()) {
-        marks.push_back({});
-        CUDA(cudaEventCreate(&marks[used].event));
+    if (!stamping) return;
+    if (used == stamps.size()) {
+        stamps.push_back({});
+        CUDA(cudaEventCreate(&stamps[used].event));
     }
-    marks[used].function = function;
-    marks[used].line = line;
-    CUDA(cudaEventRecord(marks[used++].event, stream));
+    stamps[used].function = function;
+    stamps[used].line = line;
+    CUDA(cudaEventRecord(stamps[used++].event, stream));
 }
 static float median(std::vector<float> v) {
     std::sort(v.begin(), v.end());
@@ -46,26 +46,26 @@ template<class F> static float time_pass(const char *name, F pass) {
     std::vector<std::vector<float>> each;
     for (int run = -2; run < RUNS; run++) {
         used = 0;
-        marking = true;
+        stamping = true;
         launched("", 0);
         pass();
-        marking = false;
+        stamping = false;
         CUDA(cudaStreamSynchronize(stream));
         each.resize(used - 1);
         for (size_t i = 0; run >= 0 && i + 1 < used; i++) {
             float ms;
-            CUDA(cudaEventElapsedTime(&ms, marks[i].event, marks[i + 1].event));
+            CUDA(cudaEventElapsedTime(&ms, stamps[i].event, stamps[i + 1].event));
             each[i].push_back(ms);
         }
     }
     std::vector<float> all;
     for (int run = -2; run < RUNS; run++) {                // four in a row: launches do not show
-        CUDA(cudaEventRecord(marks[0].event, stream));
+        CUDA(cudaEventRecord(stamps[0].event, stream));
         for (int i = 0; i < 4; i++) pass();
-        CUDA(cudaEventRecord(marks[1].event, stream));
+        CUDA(cudaEventRecord(stamps[1].event, stream));
         CUDA(cudaStreamSynchronize(stream));
         float ms;
-        CUDA(cudaEventElapsedTime(&ms, marks[0].event, marks[1].event));
+        CUDA(cudaEventElapsedTime(&ms, stamps[0].event, stamps[1].event));
         if (run >= 0) all.push_back(ms / 4);
     }
     printf("  %-9s all %.4f; one by one", name, median(all));
