@@ -8,13 +8,14 @@ arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 nv="nvcc -std=c++20 -O3 -gencode arch=compute_$arch,code=sm_$arch"
 table=""
+row() { echo "$1"; table="$table$1
+"; }
 check() {                               # check NAME COMMAND...: runs it, remembers the verdict
     name=$1; shift
     start=$(date +%s)
     if timeout 170 "$@" >"$out/$name.log" 2>&1; then verdict=ok; else verdict="FAIL ($?)"; fi
-    table="$table$(printf '%-26s %-10s %4d s  %s' "$name" "$verdict" $(($(date +%s) - start)) \
-        "$(tail -n 1 "$out/$name.log" | cut -c1-90)")
-"
+    row "$(printf '%-26s %-10s %4d s  %s' "$name" "$verdict" $(($(date +%s) - start)) \
+        "$(tail -n 1 "$out/$name.log" | cut -c1-90)")"
 }
 $nv dev/emulate/selftest.cu -lcublasLt -o build/selftest >"$out/build1.log" 2>&1 &
 make -j3 train_mamba2 train_mamba2cu test_mamba2cu >"$out/build2.log" 2>&1
@@ -44,19 +45,16 @@ speed() {
     timeout 170 ./train_mamba2cu --model "$1" --batch "$2" --seq-len "$3" --steps 12 --out "$out/s" \
         --eval-every 0 --sample-every 0 --save-every 0 --plot 0 >"$out/speed.log" 2>&1
     kill $watcher
-    row=$(tail -n 8 "$out/s/log.jsonl" | sed 's/.*"tokens_per_s":\([^,]*\),"mfu":\([^,]*\),.*/\1 \2/' | sort -g | sed -n 5p)
+    found=$(tail -n 8 "$out/s/log.jsonl" | sed 's/.*"tokens_per_s":\([^,]*\),"mfu":\([^,]*\),.*/\1 \2/' | sort -g | sed -n 5p)
     plan=$(sed -n 's/^memory *\([0-9.]*\) GiB.*/\1/p' "$out/speed.log")
-    # shellcheck disable=SC2086
-    table="$table$(printf '%-12s %4d x %-6d %8.0f tokens/s  MFU %4.1f%%  %6.1f GiB, planned %s' "$1" "$2" "$3" \
-        ${row% *} "$(echo "100*${row#* }" | bc -l)" "$(sort -g "$out/memory" | tail -n 1 | awk '{ print $1/1024 }')" "$plan")
-"
+    row "$(echo "$found" $(sort -g "$out/memory" | tail -n 1) "$plan" | awk -v name="$1" -v at="$2 x $3" '{
+        printf "%-12s %12s %9.0f tokens/s  MFU %4.1f%%  %6.1f GiB, planned %s", name, at, $1, 100*$2, $3/1024, $4 }')"
     rm -rf "$out/s"
 }
 decode() {                              # the last of three samples of 300 tokens, one row
     rate=$(./train_mamba2cu --model "$1" --batch 1 --seq-len 128 --steps 4 --profile 1 --sample-every 1 \
         --out "$out/s" --eval-every 0 --save-every 0 --plot 0 2>&1 >/dev/null | grep 'tokens/s' | tail -n 1)
-    table="$table$(printf '%-14s decode %21s' "$1" "$rate")
-"
+    row "$(printf '%-12s decode %22s' "$1" "$rate")"
     rm -rf "$out/s"
 }
 speed mamba2-130m 16 2048; speed mamba2-370m 16 2048; speed mamba2-780m 8 2048
@@ -67,5 +65,5 @@ decode mamba2-130m; decode mamba2-2.7b
 ./train_mamba2cu --model mamba2-130m --batch 32 --seq-len 1024 --profile 6 --out "$out/p" --steps 20 \
     --eval-every 0 --sample-every 0 --save-every 0 --plot 0 >"$out/profile.log" 2>&1
 tail -n 22 "$out/profile.log"
-printf '%s' "$table"
+printf '\n%s' "$table"
 rm -rf "$out"/a "$out"/b "$out"/c "$out"/*check
