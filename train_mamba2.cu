@@ -1746,7 +1746,8 @@ static bool ssd_is_fast(const Dims *d) {
 template<int N>
 static void ssd_prepare_fast(const Dims *d, const SsdWork &w, const float *dt, const float *A_log,
                              const bf16 *xBC, bool with_CB) {
-    dim3 grid((unsigned)d->chunks, pieces(d->H, 8) + (with_CB ? (unsigned)d->G : 0), (unsigned)d->R);
+    unsigned kinds = pieces(d->H, 8) + (with_CB ? (unsigned)d->G : 0);
+    dim3 grid((unsigned)d->chunks, kinds, (unsigned)d->R);
     allow_shared(ssd_prepare_fast_kernel<N>, CB_SHARED<N>);
     ssd_prepare_fast_kernel<N><<<grid, 256, with_CB ? CB_SHARED<N> : STEPS_SHARED, stream>>>(
         w.cs, w.dts, (uint4 *)w.CB, dt, A_log, xBC, *d);
@@ -1799,11 +1800,11 @@ static void ssd_forward(const Dims *d, floatX *y, floatX *states, float *final, 
                         const int *doc) {
     if constexpr (sizeof(floatX) == sizeof(bf16)) {
         if (ssd_is_fast(d)) {
-            auto fast = d->N <= 64 ? (doc ? ssd_forward_fast<64, true> : ssd_forward_fast<64, false>)
-                                   : (doc ? ssd_forward_fast<128, true>
-                                          : ssd_forward_fast<128, false>);
+            auto narrow = doc ? ssd_forward_fast<64, true> : ssd_forward_fast<64, false>;
+            auto wide = doc ? ssd_forward_fast<128, true> : ssd_forward_fast<128, false>;
             SsdWork w(d, forward_segments(d));
-            return fast(d, w, y, states, final, xBC, dt, A_log, D, initial, doc);
+            return (d->N <= 64 ? narrow : wide)(d, w, y, states, final, xBC, dt, A_log, D,
+                                                initial, doc);
         }
     }
     SsdWork w(d, 1);
@@ -1834,9 +1835,9 @@ static void ssd_backward_fast(const Dims *d, const SsdWork &w, bf16 *g_xBC, floa
     ssd_launch(ssd_g_x_fast_kernel<N>, grid, G_X_THREADS, sizeof(GxShared<N>), g_xBC, g_CB,
                  w.g_dts, w.rowsum, w.g_D_part, g_states, g_y, xBC, w.cs, w.dts, D, doc, *d,
                  g_final != NULL);
-    ssd_launch(ssd_g_BC_fast_kernel<N, true, DOCS>, grid, 256, sizeof(GbcShared<N, true>), g_xBC,
+    ssd_launch(ssd_g_BC_fast_kernel<N, true>, grid, 256, sizeof(GbcShared<N, true>), g_xBC,
                  w.pi, g_CB, states, g_y, xBC, w.cs, w.dts, doc, *d, initial != NULL);
-    ssd_launch(ssd_g_BC_fast_kernel<N, false, DOCS>, grid, 256, sizeof(GbcShared<N, false>),
+    ssd_launch(ssd_g_BC_fast_kernel<N, false>, grid, 256, sizeof(GbcShared<N, false>),
                  g_xBC, w.pi, g_CB, g_states, g_y, xBC, w.cs, w.dts, doc, *d, g_final != NULL);
     ssd_launch(ssd_finish_fast_kernel, dim3(chunks, pieces(H, 8), R), 256, 0, g_dt, w.g_A_part,
                  w.g_dts, w.rowsum, w.pi, w.kappa, w.dts, A_log, *d);
@@ -1877,10 +1878,12 @@ static void ssd_backward(const Dims *d, floatX *g_xBC, float *g_dt, float *g_A_l
     bool fast = sizeof(floatX) == sizeof(bf16) && ssd_is_fast(d);
     SsdWork w(d, fast ? backward_segments(d) : 1);
     if constexpr (sizeof(floatX) == sizeof(bf16)) {
-        auto run = d->N <= 64 ? (doc ? ssd_backward_fast<64, true> : ssd_backward_fast<64, false>)
-                              : (doc ? ssd_backward_fast<128, true> : ssd_backward_fast<128, false>);
-        if (fast) run(d, w, g_xBC, g_dt, g_initial, g_y, g_final, states, g_states, xBC, dt, A_log,
-                      D, initial, doc);
+        auto narrow = doc ? ssd_backward_fast<64, true> : ssd_backward_fast<64, false>;
+        auto wide = doc ? ssd_backward_fast<128, true> : ssd_backward_fast<128, false>;
+        if (fast) {
+            (d->N <= 64 ? narrow : wide)(d, w, g_xBC, g_dt, g_initial, g_y, g_final, states,
+                                         g_states, xBC, dt, A_log, D, initial, doc);
+        }
     }
     if (!fast) {
         ssd_prepare(d, w, dt, A_log);

@@ -178,7 +178,7 @@ template<int N> struct SumShared {
 };
 
 template<int N, bool BACK, bool LOCAL, bool DOCS>
-__global__ void __launch_bounds__(128, 3)
+__global__ void __launch_bounds__(128, N == 64 ? 4 : 3)
 ssd_sum_kernel(bf16 *g_states, float *kappa, float *g_initial, float *local, float *local_decay,
                const bf16 *states, const bf16 *in, size_t in_pitch, const float *g_final,
                const bf16 *xBC, const float *cs, const float *dts, const int *doc, Dims d,
@@ -679,8 +679,8 @@ ssd_walk_kernel(bf16 *y, bf16 *states, float *final, const float *local, const f
 
 // ---- in how many segments to cut the sequence ---------------------------------------------------
 // One, when rows and heads alone fill the GPU. In units of the time of a chunk, as measured on an
-// H200, where WALKERS blocks walk at once, or BACK_WALKERS of ssd_sum_kernel: a block takes 2.5 more
-// to start. These are constants, not the numbers of the GPU at hand, for the bits depend on them.
+// H200, where WALKERS blocks walk at once, or BACK_WALKERS of ssd_sum_kernel; a block takes 2.5
+// more to start. These are constants, not the numbers of the GPU at hand, for the bits depend on them.
 constexpr int WALKERS = 132, BACK_WALKERS = 3 * 132;
 
 template<class Cost> static int cheapest_segments(int chunks, Cost cost) {
@@ -723,7 +723,6 @@ static int backward_segments(const Dims *d) {
 // G is made of the rounded W, the one in R, so that row sums and the column sums in R . x cancel as
 // they must; CB stays in float here, or G would be rounded twice. L of a block above the diagonal
 // is exp2(cs_l - cs of the block's first l) exp2(that - cs of its last s) exp2(that - cs_s).
-// Rows in descending order: the first ones are those that ssd_sum_kernel left in the L2 cache.
 constexpr int G_X_THREADS = 640;
 __device__ inline int tile_number(int i, int j) { return i * (17 - i) / 2 + j - i; }   // i <= j < 8
 template<int N> struct GxShared {
@@ -752,12 +751,11 @@ ssd_g_x_fast_kernel(bf16 *g_xBC, bf16 *g_CB, float *g_dts, float *rowsum, float 
         g = lane / 4;
         t4 = lane % 4;
     };
-    int c = blockIdx.x, chunks = gridDim.x, heads = d.H / d.G, first = blockIdx.y * heads;
+    int c = blockIdx.x, chunks = d.chunks, heads = d.H / d.G, first = blockIdx.y * heads;
     int rows = min(FQ, (int)d.T - c * FQ), P = d.P;
-    size_t r = gridDim.z - 1 - blockIdx.z, token = r * d.T + c * FQ, number = r * gridDim.x + c;
+    size_t r = blockIdx.z, token = r * d.T + c * FQ, number = r * chunks + c;
     const bf16 *C = sm.xy[1], *B = sm.xy[2];       // before the loop
     size_t steps = ((r * d.H + first) * chunks + c) * FQ;        // of this chunk and the first head
-    bool has_gS = c + 1 < chunks || has_g_final;   // else it is zero, and not in memory
     auto all_meet = [] { barrier_wait(1, G_X_THREADS); };
     if (warp >= 18) {                              // ---- copies ----
         me -= 18 * 32;
@@ -806,7 +804,8 @@ ssd_g_x_fast_kernel(bf16 *g_xBC, bf16 *g_CB, float *g_dts, float *rowsum, float 
         all_meet();                                // the others are done with C
         for (int i = 0; i < heads; i++) {
             const bf16 *gS = g_states + (number * d.H + first + i) * d.N * P;
-            load_tile<N, FP, 0, 64>(sm.gS[i % 2], gS, P, has_gS ? (int)d.N : 0, P, me);
+            bool zero = c + 1 == (int)gridDim.x && !has_g_final;   // and then not in memory
+            load_tile<N, FP, 0, 64>(sm.gS[i % 2], gS, P, zero ? 0 : d.N, P, me);
             if (i + 1 < heads) {
                 load_xy(i + 1);
                 fetch_steps(i + 1);
@@ -1020,7 +1019,7 @@ template<int N, bool OF_C> struct GbcShared {
     float scale[2][FQ], dots[3][2][FQ];            // dots: C . accumulator, by half of the columns;
 };                                            // three, as a difference is read while one is written
 
-template<int N, bool OF_C, bool DOCS>
+template<int N, bool OF_C>
 __global__ void __launch_bounds__(256, 2)
 ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, const bf16 *g_CB, const bf16 *states, const bf16 *g_y,
                      const bf16 *xBC, const float *cs, const float *dts, const int *doc, Dims d,
@@ -1058,7 +1057,7 @@ ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, const bf16 *g_CB, const bf16 *state
         cp_async_commit();
     };
     bool reached = true;                           // from this block's other end: the same document
-    if (DOCS && me < FQ) {
+    if (doc && me < FQ) {
         const int *docs = doc + token;
         int other = OF_C ? (c > 0 ? docs[-1] : 0) : docs[rows - 1];
         reached = docs[min(me, rows - 1)] == other;
@@ -1151,9 +1150,9 @@ ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, const bf16 *g_CB, const bf16 *state
 }
 
 // ---- backward 5: the sums over the steps of a chunk ---------------------------------------------
-// A warp per head, 4 steps a lane: da_t = kappa + the sum of q before t + that of pi from t on, with
-// q = dt g_dt(direct) - rowsum; from it g_dt (n,H), through shared memory, and this chunk's part of
-// g_A, g_A_part (R,chunks,H).
+// A warp per head, 4 steps a lane: da_t = kappa + the sum of q before t + that of pi from t on,
+// with q = dt g_dt(direct) - rowsum; from it g_dt (n,H), through shared memory, and this chunk's
+// part of g_A, g_A_part (R,chunks,H).
 __global__ void __launch_bounds__(256)
 ssd_finish_fast_kernel(float *g_dt, float *g_A_part, const float *g_dts, const float *rowsum,
                        const float *pi, const float *kappa, const float *dts, const float *A_log,
@@ -1186,7 +1185,7 @@ ssd_finish_fast_kernel(float *g_dt, float *g_A_part, const float *g_dts, const f
     }
     __syncthreads();
     for (int i = threadIdx.x; i < 8 * FQ; i += 256) {
-        size_t t = c * FQ + i / 8;
-        if (t < d.T && h0 + i % 8 < d.H) g_dt[(r * d.T + t) * d.H + h0 + i % 8] = tile[i / 8][i % 8];
+        size_t t = c * FQ + i / 8, k = h0 + i % 8;
+        if (t < d.T && k < d.H) g_dt[(r * d.T + t) * d.H + k] = tile[i / 8][i % 8];
     }
 }
