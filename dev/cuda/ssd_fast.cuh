@@ -680,7 +680,7 @@ ssd_walk_kernel(bf16 *y, bf16 *states, float *final, const float *local, const f
 // ---- in how many segments to cut the sequence ---------------------------------------------------
 // One, when rows and heads alone fill the GPU. In units of the time of a chunk, as measured on an
 // H200, where WALKERS blocks walk at once, or BACK_WALKERS of ssd_sum_kernel; a block takes 2.5
-// more to start. These are constants, not the numbers of the GPU at hand, for the bits depend on them.
+// more to start. These are constants, not the numbers of the GPU at hand: the bits depend on them.
 constexpr int WALKERS = 132, BACK_WALKERS = 3 * 132;
 
 template<class Cost> static int cheapest_segments(int chunks, Cost cost) {
