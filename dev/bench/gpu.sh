@@ -35,7 +35,7 @@ same "$out/a" >/dev/null 2>&1; same "$out/b" >/dev/null 2>&1
 check two-runs-equal cmp "$out/a/last/model.safetensors" "$out/b/last/model.safetensors"
 ./train_mamba2cu $tiny --steps 5 --out "$out/c" --eval-every 0 --sample-every 0 --plot 0 --graph 0 >/dev/null 2>&1
 check graph-changes-no-bit cmp "$out/a/last/model.safetensors" "$out/c/last/model.safetensors"
-check resume-on-cpu ./train_mamba2 --out "$out/a" --resume --steps 8 --sample-every 0
+check resume-on-cpu ./train_mamba2 --out "$out/a" --resume --dtype f32 --steps 8 --sample-every 0
 check resume-on-gpu ./train_mamba2cu --out "$out/a" --resume --steps 11 --sample-every 0
 # speed MODEL ROWS TOKENS [LABEL]: the median of the last 8 of 12 steps; memory planned and seen
 speed() {
