@@ -2569,8 +2569,8 @@ static void cpu_fetch(Model *m) { (void)m; }
 static void cpu_carry(Model *m, int fresh) { if (fresh) clear_states(m); else swap_states(m); }
 
 static const Backend cpu_backend = {
-    "CPU", 0, cpu_start, cpu_memory, cpu_open, model_loss, gradient_norm, adamw, cpu_carry, cpu_fetch,
-    generate, cpu_flops, fma_peak, cpu_profile, NULL
+    "CPU", 0, cpu_start, cpu_memory, cpu_open, model_loss, gradient_norm, adamw, cpu_carry,
+    cpu_fetch, generate, cpu_flops, fma_peak, cpu_profile, NULL
 };
 
 #ifndef NO_MAIN

@@ -55,5 +55,11 @@ for cxx in g++ clang++; do
         dev/test/twice.cc -o "$out/p" -lz
     same "$cxx -std=c++20" "$out/p"
 done
+# the program for the GPU, where there is a CUDA toolkit
+if make -n -B all | grep -q -- -lcublasLt; then
+    for arch in 80 90; do
+        try "nvcc for sm_$arch" make -s -B ARCH=$arch train_mamba2cu
+    done
+fi
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]
