@@ -98,7 +98,7 @@ static void run_ssd(void *what) {
 // FLOPs that are useful, a token: half of the products with a triangular mask are not
 static double ssd_flops(const Dims *d, int backward) {
     double Q = (double)d->Q, E = (double)d->E, N = (double)d->N, G = (double)d->G;
-    return backward ? 10*N*E + 2*Q*E + 3*Q*N*G : 4*N*E + Q*E + Q*N*G;
+    return backward ? 8*N*E + 2*Q*E + 3*Q*N*G : 4*N*E + Q*E + Q*N*G;
 }
 
 static void bench_ssd(void) {
