@@ -57,9 +57,7 @@ for cxx in g++ clang++; do
 done
 # the program for the GPU, where there is a CUDA toolkit
 if make -n -B all | grep -q -- -lcublasLt; then
-    for arch in 80 90; do
-        try "nvcc for sm_$arch" make -s -B ARCH=$arch train_mamba2cu
-    done
+    try "nvcc for sm_90" make -s -B ARCH=90 train_mamba2cu
 fi
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]
