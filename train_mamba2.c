@@ -3,7 +3,7 @@
 // All that is about Mamba-2 is in this file: the model of "Transformers are SSMs" (Dao and Gu 2024,
 // arXiv 2405.21060; below: the paper), its forward and its backward pass written out by hand, AdamW
 // and the data loader, checkpoints, sampling and the training run. What any program might need lies
-// in dev/lib: matrix products, JSON, tokenizer, a plot. No library but OpenMP and zlib.
+// in dev/lib: matrix products, JSON, tokenizer, checksums, a plot. No library but OpenMP and zlib.
 // Read it from top to bottom; `grep -n '^// ====' train_mamba2.c` prints the table of contents.
 //
 //     make && ./train_mamba2            trains a small model on Shakespeare, about two minutes
@@ -868,8 +868,8 @@ static void ssd_forward(const Dims *d, real *y, real *states, real *final, const
                     ssd_decay(d, a, dt_h, &c, dt, A_log[h], h, doc);
                     ssd_in_out(in, out, a, c.len);
                     ssd_mask(L, a, c.len, Q);
-                    matmul_small(yh, P, C, N, 1, states + (k*H + h)*N*P, P, c.len, P, N, 0,
-                                 yh);
+                    const real *state = states + (k*H + h)*N*P;
+                    matmul_small(yh, P, C, N, 1, state, P, c.len, P, N, 0, yh);
                     for (size_t i = 0; i < c.len; i++) {
                         SIMD for (size_t j = 0; j <= i; j++) L[i*Q + j] *= CB[i*Q + j]*dt_h[j];
                         SIMD for (size_t p = 0; p < P; p++)
@@ -973,8 +973,9 @@ static void ssd_head_backward(const Dims *d, const SsdWork *w, const Chunk *c, s
 
     // the gradients of CB and of its paths; from here on L is CB o L
     for (size_t l = 0, m; l < len; l += m) {
-        size_t to = least(round_up(l + (m = strip(len, l)), VL), Q);     // whole vectors
-        matmul_small(w->path + l*Q, Q, gy + l*P, P, 1, w->xt, Q, m, to, P, 0, w->path);
+        m = strip(len, l);
+        size_t columns = least(round_up(l + m, VL), Q);      // whole vectors
+        matmul_small(w->path + l*Q, Q, gy + l*P, P, 1, w->xt, Q, m, columns, P, 0, w->path);
     }
     for (size_t l = 0; l < len; l++) {
         real *path = w->path + l*Q, *g_CB = w->g_CB + l*Q, *L = w->L + l*Q;
@@ -2458,7 +2459,7 @@ static int verb_train(Run *run) {
     char *dir = find_checkpoint(flags.out);
     Json *state = dir ? read_state(dir) : NULL;
     run_open(run, dir ? dir : *flags.init ? flags.init : NULL, state, 1);
-    if (!existed) lock_out(flags.out);           // bad input leaves no directory behind
+    if (!existed) lock_out(flags.out);  // bad input leaves no directory behind
     json_free(state), free(dir);
     if (run->p.step >= flags.steps)
         return printf("nothing to do: already at step %" PRId64 " of %" PRId64 "\n", run->p.step,

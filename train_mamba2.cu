@@ -132,11 +132,12 @@ static float *workspace(size_t floats) {
     return memory;
 }
 
-// to (rows,columns) on the host, from (rows,pitch) on the device
+// to (count) on the host, from the device
 static void download(float *to, const float *from, size_t count) {
     CUDA(cudaStreamSynchronize(stream));
     CUDA(cudaMemcpy(to, from, count * sizeof(float), cudaMemcpyDeviceToHost));
 }
+// to (rows,columns), from (rows,pitch)
 template<typename X>
 static void download(float *to, const X *from, size_t rows, size_t columns, size_t pitch) {
     X *staged = (X *)malloc(rows * pitch * sizeof(X) + 1);

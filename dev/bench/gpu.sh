@@ -37,7 +37,7 @@ check two-runs-equal cmp "$out/a/last/model.safetensors" "$out/b/last/model.safe
 check graph-changes-no-bit cmp "$out/a/last/model.safetensors" "$out/c/last/model.safetensors"
 check resume-on-cpu ./train_mamba2 --out "$out/a" --resume --dtype f32 --steps 8 --sample-every 0
 check resume-on-gpu ./train_mamba2cu --out "$out/a" --resume --steps 11 --sample-every 0
-# speed MODEL ROWS TOKENS [LABEL]: the median of the last 8 of 12 steps; memory planned and seen
+# speed MODEL ROWS TOKENS: the median of the last 8 of 12 steps; memory planned and seen
 speed() {
     rm -rf "$out/s"
     (while sleep 0.3; do nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits; done) \

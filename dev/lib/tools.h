@@ -1,4 +1,4 @@
-// tools.h: errors, memory, text and files.
+// tools.h: errors, memory, text, files, random numbers and time.
 
 static const char *program = "train_mamba2";
 static __thread int in_background;      // this thread only writes a checkpoint
