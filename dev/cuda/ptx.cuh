@@ -50,6 +50,23 @@ __device__ inline void barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
 
+// A barrier of all blocks, in a cooperative launch of a one-dimensional grid. `arrived` is 0 before
+// its first use; each block adds 1, block 0 what is left of 2^31, so bit 31 changes when the last
+// one comes: the counter may go round, and needs no reset.
+__device__ inline void grid_barrier(unsigned *arrived) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        unsigned share = blockIdx.x ? 1 : (1u << 31) - (gridDim.x - 1), before, now;
+        asm volatile("atom.add.release.gpu.u32 %0, [%1], %2;"
+                     : "=r"(before) : "l"(arrived), "r"(share) : "memory");
+        do {
+            asm volatile("ld.acquire.gpu.u32 %0, [%1];"
+                         : "=r"(now) : "l"(arrived) : "memory");
+        } while (now >> 31 == before >> 31);
+    }
+    __syncthreads();
+}
+
 // Kernels launched early (sm_90): from here on the next one may start; it waits for the end of this
 // one where it says so. Until then it may read only what no kernel before it writes: weights.
 __device__ inline void next_may_start() {

@@ -100,6 +100,7 @@ inline dim3 blockDim{}, gridDim{};
     X(cudaErrorInvalidDevice, 101, "invalid device ordinal")                                 \
     X(cudaErrorNotReady, 600, "device not ready")                                            \
     X(cudaErrorLaunchFailure, 719, "unspecified launch failure")                             \
+    X(cudaErrorCooperativeLaunchTooLarge, 720, "too many blocks in cooperative launch")      \
     X(cudaErrorNotSupported, 801, "operation not supported")                                 \
     X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted in a stream capture") \
     X(cudaErrorStreamCaptureImplicit, 906, "default stream used during a stream capture")
@@ -151,6 +152,13 @@ inline size_t shared_per_multiprocessor() {
     return (settings.sm >= 90 ? 228 : settings.sm == 80 ? 164 : 100) * KiB;
 }
 inline size_t shared_per_block() { return shared_per_multiprocessor() - KiB; }
+// Blocks that a multiprocessor holds at once, as far as threads and shared memory decide
+inline int blocks_that_fit(int threads, size_t shared) {
+    bool large = settings.sm == 90 || settings.sm == 80;
+    int by_threads = (large ? 2048 : 1536) / ((threads + 31) / 32 * 32);
+    int by_shared = (int)(shared_per_multiprocessor() / (shared + KiB));
+    return std::min({large ? 32 : 16, by_threads, by_shared});
+}
 
 EMU_ENGINE uint32_t random32() {        // xorshift
     uint32_t &s = settings.seed;
@@ -166,13 +174,12 @@ EMU_ENGINE int pick(uint32_t ready) {   // whose turn it is: one of the bits
 
 // ---- a block and its threads --------------------------------------------------------------------
 constexpr int MAX_THREADS = 1024, MAX_WARPS = 32, MAX_BARRIERS = 16, STACK = 256 * 1024;
-// To the thread sanitizer, neighbouring blocks have threads of their own: races between them show.
-constexpr int SETS = EMU_TSAN ? 2 : 1;
+constexpr int MAX_BLOCKS = 4096, MAX_ARRAYS = 64;       // blocks at once, __shared__ arrays
 
 struct Kernel {                         // what is known of a kernel, found by its address
     std::string name;
     size_t asked;                       // cudaFuncAttributeMaxDynamicSharedMemorySize, if set
-    size_t shared;                      // most shared memory that a block of it had
+    size_t fixed, shared;               // most static, most shared memory that a block of it had
     unsigned long long launches, wavefronts, conflicts;     // the last two: of ldmatrix
 };
 struct AsyncCopy {                      // cp.async, not done before a wait for its group
@@ -189,7 +196,7 @@ struct Thread {
     const char *what, *file;            // what it waits for and where
     int line, barrier;                  // barrier: its number, -1 otherwise
     unsigned mask;                      // the lanes it waits for in a warp call
-    void *fake, *tsan[SETS];            // address, thread sanitizer: its fake stack, its fibers
+    void *fake, *tsan;                  // address, thread sanitizer: its fake stack, its fiber
     AsyncCopy *copies;
     int copies_n, copies_room, group;   // group: that of the next cp.async
 };
@@ -219,25 +226,36 @@ struct Barrier {
     int line;
     char order[2];                      // happens-before marks of two turns
 };
+struct SharedArray { const void *declaration; char *p; };       // nullptr: the dynamic one
 struct Block {
+    uint3 index;
     Thread threads[MAX_THREADS];
     Warp warps[MAX_WARPS];
     Barrier barriers[MAX_BARRIERS];
     Thread *current;                    // nullptr: the scheduler
     int threads_n, warps_n, live;
-    bool failed;
-    unsigned long serial;               // counts the blocks that ran here
+    const unsigned *awaits;             // counter of the grid barrier at which its thread 0 waits
+    char *stacks;                       // of all threads
+    SharedArray arrays[MAX_ARRAYS];
+    int arrays_n;
+    size_t static_size;
+};
+struct Grid {                           // the launch that runs
     Kernel *kernel;
     void (*body)(void *);               // runs the kernel with the arguments that lie at `args`
     void *args;
-    char *stacks, *dynamic;             // stacks of all threads; dynamic shared memory
-    size_t dynamic_size, static_size;
+    size_t dynamic_size;
+    bool cooperative, failed;
+    unsigned at_barrier;                // blocks that have come to the grid barrier
+    Block *blocks[MAX_BLOCKS];          // the first blocks_n are alive: all, or one at a time
+    int blocks_n;
     void *sp, *fake, *tsan;             // the scheduler's stack pointer, fake stack, fiber
     const void *stack;                  // and its stack, for the address sanitizer
     size_t stack_size;
     char order_start, order_end;        // happens-before marks: launch to threads, threads to end
 };
-inline Block *block = nullptr;
+inline Grid grid{};
+inline Block *block = nullptr;          // the one that runs
 inline cudaError_t last_error = cudaSuccess;
 
 // ---- faults -------------------------------------------------------------------------------------
@@ -249,7 +267,7 @@ EMU_ENGINE void fault(const char *format, ...) {
     vsnprintf(message, sizeof message, format, args);
     va_end(args);
     uint3 b = blockIdx, t = threadIdx;
-    const char *name = block ? block->kernel->name.c_str() : "?";
+    const char *name = block ? grid.kernel->name.c_str() : "?";
     fprintf(stderr, "emulate: kernel %s, block (%u,%u,%u)", name, b.x, b.y, b.z);
     if (block && block->current) fprintf(stderr, ", thread (%u,%u,%u)", t.x, t.y, t.z);
     fprintf(stderr, ": %s\n", message);
@@ -306,25 +324,30 @@ EMU_ENGINE void *fresh_stack(char *stack, char *top) {
 #endif
 
 EMU_ENGINE void switch_fibers(Thread *from, Thread *to) {       // nullptr: the scheduler
-    Block *b = block;
-    b->current = to;
+    block->current = to;
     if (to) threadIdx = to->idx;
-    void **fake = from ? &from->fake : &b->fake;
+    void **fake = from ? &from->fake : &grid.fake;
     __sanitizer_start_switch_fiber(from && from->done ? nullptr : fake,
-                                   to ? to->stack : b->stack, to ? STACK : b->stack_size);
-    __tsan_switch_to_fiber(to ? to->tsan[b->serial % SETS] : b->tsan, 1);    // 1: no ordering
-    emu_switch(from ? &from->sp : &b->sp, to ? to->sp : b->sp);
+                                   to ? to->stack : grid.stack, to ? STACK : grid.stack_size);
+    __tsan_switch_to_fiber(to ? to->tsan : grid.tsan, 1);       // 1: no ordering
+    emu_switch(from ? &from->sp : &grid.sp, to ? to->sp : grid.sp);
     __sanitizer_finish_switch_fiber(*fake, nullptr, nullptr);   // `from` goes on here
 }
 EMU_ENGINE void wait() {                // the current thread cannot go on: the next of its warp can
-    Block *b = block;
-    Thread *me = b->current;
-    uint32_t ready = b->warps[me->warp].ready;
-    bool some = ready && !b->failed;
-    switch_fibers(me, some ? &b->threads[me->warp * 32 + pick(ready)] : nullptr);
+    Thread *me = block->current;
+    uint32_t ready = block->warps[me->warp].ready;
+    bool some = ready && !grid.failed;
+    switch_fibers(me, some ? &block->threads[me->warp * 32 + pick(ready)] : nullptr);
+}
+EMU_ENGINE void wait_in(const char *what, const char *file, int line, unsigned mask = 0) {
+    Thread *me = block->current;
+    block->warps[me->warp].ready &= ~(1u << me->lane);
+    me->what = what, me->file = file, me->line = line, me->mask = mask;
+    wait();
+    me->what = nullptr;
 }
 EMU_ENGINE void give_up() {
-    block->failed = true;
+    grid.failed = true;
     block->current->done = true;
     switch_fibers(block->current, nullptr);
 }
@@ -353,11 +376,8 @@ EMU_ENGINE void warp_call(const char *what, unsigned mask, void *slot, WarpCall 
                   mask, m.what, m.file, m.line);
     m.slot[me->lane] = slot;
     m.arrived |= bit;
-    w.ready &= ~bit;
-    if (m.arrived == (mask & w.live)) { complete(w, i); return; }
-    me->what = what, me->file = file, me->line = line, me->mask = mask;
-    wait();
-    me->what = nullptr;
+    if (m.arrived == (mask & w.live)) complete(w, i);
+    else wait_in(what, file, line, mask);
 }
 
 // ---- barriers -----------------------------------------------------------------------------------
@@ -407,10 +427,34 @@ EMU_ENGINE void barrier(const char *what, int id, int expected, Part part, EMU_H
     if (last) open(r);
     if (part == ARRIVE) return;
     if (!last) {
-        me->what = what, me->file = file, me->line = line, me->mask = 0, me->barrier = id;
-        block->warps[me->warp].ready &= ~(1u << me->lane);
-        wait();
-        me->what = nullptr;
+        me->barrier = id;
+        wait_in(what, file, line);
+    }
+    __tsan_acquire(order);
+}
+
+// ---- barriers of a grid -------------------------------------------------------------------------
+// Each block adds its share to a counter: 1, block 0 what is left of 2^31. So bit 31 changes when
+// the last block comes; thread 0 of each waits for that.
+EMU_ENGINE void meet_other_blocks(unsigned *counter, const char *file, int line) {
+    if (!grid.cooperative || gridDim.y * gridDim.z != 1)
+        EMU_FAULT("grid_barrier at %s:%d: not a cooperative launch of a grid (x,1,1)", file, line);
+    unsigned round = *counter >> 31;
+    if (!grid.at_barrier++ && *counter << 1)
+        EMU_FAULT("grid_barrier at %s:%d: its counter was not 0 at first", file, line);
+    char *order = (char *)counter + round;
+    __tsan_release(order);
+    *counter += blockIdx.x ? 1 : (1u << 31) - (gridDim.x - 1);
+    if (*counter >> 31 == round) {
+        block->awaits = counter;
+        wait_in("grid_barrier", file, line);
+    } else {
+        grid.at_barrier = 0;
+        for (Block **b = grid.blocks; b < grid.blocks + grid.blocks_n; b++)
+            if ((*b)->awaits == counter) {
+                (*b)->awaits = nullptr;
+                (*b)->warps[0].ready |= 1;
+            }
     }
     __tsan_acquire(order);
 }
@@ -418,41 +462,50 @@ EMU_ENGINE void barrier(const char *what, int id, int expected, Part part, EMU_H
 // ---- shared memory ------------------------------------------------------------------------------
 // New for each block: on the heap, where the address sanitizer sees its ends; without a past for
 // the thread sanitizer; filled, so that a read before the first write shows.
-EMU_ENGINE void new_shared(char *&p, size_t size) {
+EMU_ENGINE char *new_shared(const void *declaration, size_t size) {
     size_t room = (size + 127) / 128 * 128;
     AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
-    free(p);
-    p = (char *)aligned_alloc(128, room);
+    char *p = (char *)aligned_alloc(128, room);
     memset(p, settings.fill, size);
     __asan_poison_memory_region(p + size, room - size);
     AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    block->arrays[block->arrays_n++] = {declaration, p};
+    return p;
 }
-// Static and dynamic together fit in 48 KiB or, for a kernel that asked, in what a block can have.
+EMU_ENGINE void free_shared(Block *b) {
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+    while (b->arrays_n) free(b->arrays[--b->arrays_n].p);
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+}
+// Static and dynamic together fit in 48 KiB or, for a kernel that asked, in what a block can have;
+// those of all blocks that must be there at once, in the multiprocessors.
 EMU_ENGINE void check_shared(const char *file, int line) {
-    Block *b = block;
-    Kernel *k = b->kernel;
-    k->shared = std::max(k->shared, b->static_size + b->dynamic_size);
-    size_t dynamic = k->asked ? k->asked : b->dynamic_size;
+    Kernel *k = grid.kernel;
+    size_t fixed = block->static_size, dynamic = grid.dynamic_size;
+    k->fixed = std::max(k->fixed, fixed);
+    k->shared = std::max(k->shared, fixed + dynamic);
+    size_t asked = k->asked ? k->asked : dynamic;
     size_t limit = k->asked ? shared_per_block() : SHARED_UNASKED;
-    if (b->static_size > SHARED_UNASKED || b->static_size + dynamic > limit)
+    if (fixed > SHARED_UNASKED || fixed + asked > limit)
         EMU_FAULT("%s:%d: %zu bytes of static and %zu of dynamic shared memory: more than %zu",
-                  file, line, b->static_size, dynamic, limit);
+                  file, line, fixed, asked, limit);
+    int fit = settings.multiprocessors * blocks_that_fit(block->threads_n, fixed + dynamic);
+    if (grid.cooperative && grid.blocks_n > fit)
+        EMU_FAULT("%s:%d: %d blocks in a cooperative launch, with %zu bytes of static shared "
+                  "memory: more than the %d that fit", file, line, grid.blocks_n, fixed, fit);
 }
 template<class T> struct Shared {       // one __shared__ declaration
-    char *p;
-    unsigned long serial;               // of the block that it was made for
     EMU_ENGINE T &get(EMU_HERE) {
         Block *b = block;
-        if (serial != b->serial) {
-            serial = b->serial;
-            b->static_size += sizeof(T);
-            check_shared(file, line);
-            new_shared(p, sizeof(T));
-        }
-        return *(T *)p;
+        for (int i = 0; i < b->arrays_n; i++)
+            if (b->arrays[i].declaration == this) return *(T *)b->arrays[i].p;
+        if (b->arrays_n == MAX_ARRAYS) EMU_FAULT("more than %d __shared__ arrays", MAX_ARRAYS - 1);
+        b->static_size += sizeof(T);
+        check_shared(file, line);
+        return *(T *)new_shared(this, sizeof(T));
     }
 };
-template<class T> T *dynamic_shared() { return (T *)block->dynamic; }
+template<class T> T *dynamic_shared() { return (T *)block->arrays[0].p; }
 
 // ---- running a grid -----------------------------------------------------------------------------
 EMU_ENGINE void end(Thread *me) {
@@ -471,25 +524,19 @@ EMU_ENGINE void end(Thread *me) {
 EMU_ENGINE void fiber() {               // where each thread begins
     Thread *me = block->current;
     __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
-    __tsan_acquire(&block->order_start);
-    block->body(block->args);
-    __tsan_release(&block->order_end);
+    __tsan_acquire(&grid.order_start);
+    grid.body(grid.args);
+    __tsan_release(&grid.order_end);
     end(me);
     wait();
     __builtin_unreachable();
 }
-EMU_ENGINE Block *make_block() {
-    Block *b = (Block *)calloc(1, sizeof(Block));
-    size_t size = (size_t)SETS * MAX_THREADS * STACK;
-    b->stacks = (char *)mmap(nullptr, size, PROT_READ | PROT_WRITE,
+EMU_ENGINE Block *nth_block(int i) {    // made when first needed; its threads in make_thread
+    Block *&b = grid.blocks[i];
+    if (b) return b;
+    b = (Block *)calloc(1, sizeof(Block));
+    b->stacks = (char *)mmap(nullptr, (size_t)MAX_THREADS * STACK, PROT_READ | PROT_WRITE,
                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    for (size_t i = 0; i < size; i += STACK) mprotect(b->stacks + i, 4096, PROT_NONE);  // overflow
-#if EMU_ASAN
-    pthread_attr_t a;
-    pthread_getattr_np(pthread_self(), &a);
-    pthread_attr_getstack(&a, (void **)&b->stack, &b->stack_size);
-    pthread_attr_destroy(&a);
-#endif
     return b;
 }
 EMU_ENGINE void make_thread(Block *b, int i, dim3 dim) {
@@ -499,79 +546,109 @@ EMU_ENGINE void make_thread(Block *b, int i, dim3 dim) {
     t->lane = i % 32, t->warp = i / 32;
     t->done = false, t->what = nullptr, t->barrier = -1, t->fake = nullptr;
     t->copies_n = t->group = 0;
-    int set = b->serial % SETS;
-    t->stack = b->stacks + (size_t)(set * MAX_THREADS + i) * STACK;
+    if (!t->stack) {
+        t->stack = b->stacks + (size_t)i * STACK;
+        mprotect(t->stack, 4096, PROT_NONE);        // for stacks that overflow
+        t->tsan = __tsan_create_fiber(0);
+    }
     __asan_unpoison_memory_region(t->stack + STACK - 65536, 65536);     // what an ended thread left
-    if (!t->tsan[set]) t->tsan[set] = __tsan_create_fiber(0);
     // tops of stacks are staggered: at equal addresses modulo 4096 they would share cache sets
     t->sp = fresh_stack(t->stack, t->stack + STACK - 64 - i % 32 * 256);
 }
-EMU_ENGINE void deadlock(Block *b) {    // says how many threads wait where
-    std::map<std::string, std::pair<int, uint3>> places;
-    for (Thread *t = b->threads; t < b->threads + b->threads_n; t++) {
-        char place[400] = "ended", mask[20] = "";
-        if (t->mask) snprintf(mask, sizeof mask, ", mask %08x", t->mask);
-        if (!t->done)
-            snprintf(place, sizeof place, "in %s at %s:%d%s", t->what, t->file, t->line, mask);
-        places.emplace(place, std::make_pair(0, t->idx)).first->second.first++;
-    }
-    std::string all;
-    for (auto &[place, who] : places) {
-        char head[100];
-        uint3 t = who.second;
-        snprintf(head, sizeof head, "\n    %d threads, the first (%u,%u,%u), ", who.first, t.x, t.y,
-                 t.z);
-        all += head + place;
-    }
-    fault("deadlock:%s", all.c_str());
-    b->failed = true;
-}
-EMU_ENGINE void run_block(Block *b, dim3 dim, uint3 index, size_t dynamic_size) {
-    int n = dim.x * dim.y * dim.z;
-    blockIdx = index;
-    b->serial++;
-    b->threads_n = b->live = n;
-    b->warps_n = (n + 31) / 32;
-    b->static_size = 0, b->dynamic_size = dynamic_size;
-    b->tsan = __tsan_get_current_fiber();
+EMU_ENGINE void start_block(Block *b, long long i) {
+    long long xy = (long long)gridDim.x * gridDim.y;
+    b->index = {(unsigned)(i % gridDim.x), (unsigned)(i % xy / gridDim.x), (unsigned)(i / xy)};
+    b->threads_n = b->live = blockDim.x * blockDim.y * blockDim.z;
+    b->warps_n = (b->threads_n + 31) / 32;
+    b->static_size = 0, b->awaits = nullptr;
     memset(b->barriers, 0, sizeof b->barriers);
-    if (dynamic_size) new_shared(b->dynamic, dynamic_size);
-    for (int i = 0; i < n; i++) make_thread(b, i, dim);
+    free_shared(b);
+    block = b;
+    new_shared(nullptr, grid.dynamic_size);
+    for (int t = 0; t < b->threads_n; t++) make_thread(b, t, blockDim);
     for (int w = 0; w < b->warps_n; w++) {
-        int left = n - w * 32;
+        int left = b->threads_n - w * 32;
         b->warps[w].live = b->warps[w].ready = left >= 32 ? ~0u : (1u << left) - 1;
         b->warps[w].meetings_n = 0;
         memset(b->warps[w].arrivals, 0, sizeof b->warps[w].arrivals);
     }
-    while (b->live && !b->failed) {     // each warp runs until none of its lanes can go on
-        bool ran = false;
-        int first = settings.order == RANDOM ? random32() % b->warps_n : 0;
-        for (int k = 0; k < b->warps_n && !b->failed; k++) {
-            int w = settings.order == REVERSE ? b->warps_n - 1 - k : (k + first) % b->warps_n;
-            uint32_t ready = b->warps[w].ready;
-            if (!ready) continue;
-            ran = true;
-            switch_fibers(nullptr, &b->threads[w * 32 + pick(ready)]);
+}
+EMU_ENGINE void deadlock() {            // says how many threads wait where
+    std::map<std::string, std::pair<int, std::string>> places;
+    for (Block **b = grid.blocks; b < grid.blocks + grid.blocks_n; b++)
+        for (Thread *t = (*b)->threads; t < (*b)->threads + (*b)->threads_n; t++) {
+            char place[400] = "ended", mask[20] = "", who[100];
+            if (t->mask) snprintf(mask, sizeof mask, ", mask %08x", t->mask);
+            if (!t->done)
+                snprintf(place, sizeof place, "in %s at %s:%d%s", t->what, t->file, t->line, mask);
+            uint3 i = (*b)->index, j = t->idx;
+            snprintf(who, sizeof who, "(%u,%u,%u) of block (%u,%u,%u)", j.x, j.y, j.z, i.x, i.y,
+                     i.z);
+            places.emplace(place, std::make_pair(0, who)).first->second.first++;
         }
-        if (!ran) deadlock(b);
+    std::string all;
+    for (auto &[place, who] : places)
+        all += "\n    " + std::to_string(who.first) + " threads, the first " + who.second + ", "
+             + place;
+    fault("deadlock:%s", all.c_str());
+    grid.failed = true;
+}
+EMU_ENGINE int whose_turn(int k, int n, int first) {        // the k-th of n
+    return settings.order == REVERSE ? n - 1 - k : (k + first) % n;
+}
+EMU_ENGINE int who_is_first(int n) { return settings.order == RANDOM ? random32() % n : 0; }
+
+EMU_ENGINE bool run_warps(Block *b) {   // each until none of its lanes can go on; did any run?
+    bool ran = false;
+    block = b, blockIdx = b->index;
+    int first = who_is_first(b->warps_n);
+    for (int k = 0; k < b->warps_n && !grid.failed; k++) {
+        int w = whose_turn(k, b->warps_n, first);
+        uint32_t ready = b->warps[w].ready;
+        if (!ready) continue;
+        ran = true;
+        switch_fibers(nullptr, &b->threads[w * 32 + pick(ready)]);
+    }
+    return ran;
+}
+EMU_ENGINE void run_blocks() {          // those that are alive, until all have ended
+    for (bool ran = true; ran && !grid.failed;) {
+        bool live = ran = false;
+        int n = grid.blocks_n, first = who_is_first(n);
+        for (int k = 0; k < n && !grid.failed; k++) {
+            Block *b = grid.blocks[whose_turn(k, n, first)];
+            ran |= run_warps(b);
+            live |= b->live;
+        }
+        if (!ran && live) deadlock();
     }
 }
-// Runs the blocks of a grid in turn.
-EMU_ENGINE void run_grid(Kernel *kernel, dim3 grid, dim3 dim, size_t dynamic_size,
-                         void (*body)(void *), void *args) {
-    static Block *b = make_block();
-    long long xy = (long long)grid.x * grid.y, total = xy * grid.z;
-    block = b;
-    b->kernel = kernel, b->body = body, b->args = args;
-    gridDim = grid, blockDim = dim;
-    __tsan_release(&b->order_start);
-    b->failed = false;
-    for (long long k = 0; k < total && !b->failed; k++) {
-        long long i = settings.order == REVERSE ? total - 1 - k : k;
-        unsigned x = (unsigned)(i % grid.x), y = (unsigned)(i / grid.x % grid.y);
-        run_block(b, dim, {x, y, (unsigned)(i / xy)}, dynamic_size);
+// Blocks run in turn, those of a cooperative launch at once.
+EMU_ENGINE void run_grid(Kernel *kernel, dim3 shape, dim3 dim, size_t dynamic_size,
+                         bool cooperative, void (*body)(void *), void *args) {
+    if (EMU_ASAN && !grid.stack) {
+        pthread_attr_t a;
+        pthread_getattr_np(pthread_self(), &a);
+        pthread_attr_getstack(&a, (void **)&grid.stack, &grid.stack_size);
+        pthread_attr_destroy(&a);
     }
-    __tsan_acquire(&b->order_end);
+    grid.tsan = __tsan_get_current_fiber();
+    grid.kernel = kernel, grid.body = body, grid.args = args;
+    grid.dynamic_size = dynamic_size, grid.cooperative = cooperative;
+    grid.failed = false, grid.at_barrier = 0;
+    gridDim = shape, blockDim = dim;
+    __tsan_release(&grid.order_start);
+    long long total = (long long)shape.x * shape.y * shape.z;
+    grid.blocks_n = cooperative ? (int)total : 1;
+    for (int i = 0; i < grid.blocks_n && cooperative; i++) start_block(nth_block(i), i);
+    if (cooperative) run_blocks();
+    for (long long k = 0; k < total && !cooperative && !grid.failed; k++) {
+        // to the thread sanitizer, neighbours have threads of their own: races between them show
+        if (EMU_TSAN) std::swap(grid.blocks[0], grid.blocks[1]);
+        start_block(nth_block(0), settings.order == REVERSE ? total - 1 - k : k);
+        run_blocks();
+    }
+    __tsan_acquire(&grid.order_end);
     block = nullptr;
 }
 

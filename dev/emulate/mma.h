@@ -50,7 +50,7 @@ struct LoadMatrix { uint32_t *r; bool trans; const void *at; uint16_t row[8]; };
 // The rows of a matrix are read at once unless two of them lie in the same 16 bytes of the 128 that
 // the banks span: then it takes as many turns as the fullest of these places has rows.
 EMU_ENGINE void count_conflicts(LoadMatrix **slots) {
-    Kernel *k = block->kernel;
+    Kernel *k = grid.kernel;
     for (int i = 0; i < 4; i++) {
         int turns = 1;
         for (uintptr_t place = 0; place < 8; place++) {
@@ -123,12 +123,17 @@ template<int LEFT> EMU_ENGINE void cp_async_wait() {
     me->copies_n = left;
 }
 
-// ---- numbered barriers, early launches, numbers -------------------------------------------------
+// ---- other barriers, early launches, numbers ----------------------------------------------------
 inline void barrier_wait(int id, int n, EMU_HERE) {
     emu::barrier("bar.sync", id, n, emu::SYNC, file, line);
 }
 inline void barrier_arrive(int id, int n, EMU_HERE) {
     emu::barrier("bar.arrive", id, n, emu::ARRIVE, file, line);
+}
+inline void grid_barrier(unsigned *arrived, EMU_HERE) {
+    emu::barrier("grid_barrier", 0, 0, emu::SYNC, file, line);
+    if (threadIdx.x == 0) emu::meet_other_blocks(arrived, file, line);
+    emu::barrier("grid_barrier", 0, 0, emu::SYNC, file, line);
 }
 inline void next_may_start() {}         // a launch begins when the one before it has ended
 inline void wait_for_last() {}

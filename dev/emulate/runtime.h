@@ -359,21 +359,27 @@ inline Kernel *find_kernel(const void *f, const char *text) {   // text: "k<A, B
         depth += (*text == '<') - (*text == '>');
     return k;
 }
-// What a pointer argument points to must be device memory, now that the kernel runs.
+// What a pointer argument points to must be device or pinned memory, now that the kernel runs.
 template<class T> void check_argument(const Kernel *k, int number, const T &value) {
     if constexpr (std::is_pointer_v<T>) {
-        if (value && !touches_device((const void *)value)) {
+        const void *p = (const void *)value;
+        if (p && !touches_device(p) && !is_pinned(p)) {
             std::string call = "kernel " + k->name + ", argument " + std::to_string(number);
             wrong(cudaErrorLaunchFailure, call.c_str(), "does not point to device memory");
         }
     }
 }
-inline cudaError_t check_shape(Kernel *k, dim3 g, dim3 b, size_t shared) {
+inline cudaError_t check_shape(Kernel *k, dim3 g, dim3 b, size_t shared, bool cooperative) {
     unsigned long long threads = (unsigned long long)b.x * b.y * b.z;
     size_t limit = k->asked ? k->asked : SHARED_UNASKED;
     bool fits = threads && threads <= MAX_THREADS && b.z <= 64 && g.x && g.y && g.z
         && g.x <= INT_MAX && g.y <= 65535 && g.z <= 65535;
-    if (fits && shared <= limit) return cudaSuccess;
+    if (fits && shared <= limit) {
+        unsigned long long room = settings.multiprocessors
+                                * blocks_that_fit((int)threads, k->fixed + shared);
+        bool too_many = cooperative && (unsigned long long)g.x * g.y * g.z > room;
+        return last_error = too_many ? cudaErrorCooperativeLaunchTooLarge : cudaSuccess;
+    }
     fprintf(stderr, "emulate: kernel %s: grid (%u,%u,%u), block (%u,%u,%u), %zu bytes of dynamic "
             "shared memory of at most %zu\n", k->name.c_str(), g.x, g.y, g.z, b.x, b.y, b.z, shared,
             limit);
@@ -382,10 +388,10 @@ inline cudaError_t check_shape(Kernel *k, dim3 g, dim3 b, size_t shared) {
 // launch("k", k, grid, block, shared, stream)(args): arguments are copied now, used when it runs.
 template<class... P>
 auto launch(const char *name, void (*f)(P...), dim3 grid, dim3 block, size_t shared = 0,
-            cudaStream_t stream = nullptr) {
+            cudaStream_t stream = nullptr, bool cooperative = false) {
     return [=](P... args) {
         Kernel *k = find_kernel((const void *)f, name);
-        if (cudaError_t e = check_shape(k, grid, block, shared)) return e;
+        if (cudaError_t e = check_shape(k, grid, block, shared, cooperative)) return e;
         return enqueue(stream, [=] {
             int number = 0;
             (check_argument(k, ++number, args), ...);
@@ -393,7 +399,8 @@ auto launch(const char *name, void (*f)(P...), dim3 grid, dim3 block, size_t sha
             k->launches++;
             k->shared = std::max(k->shared, shared);
             auto run = [&] { f(args...); };
-            run_grid(k, grid, block, shared, [](void *p) { (*(decltype(run) *)p)(); }, &run);
+            run_grid(k, grid, block, shared, cooperative,
+                     [](void *p) { (*(decltype(run) *)p)(); }, &run);
         });
     };
 }
@@ -410,9 +417,13 @@ inline Report report_at_exit;           // made after `kernels`, so ended before
 }  // namespace emu
 
 enum cudaLaunchAttributeID {
-    cudaLaunchAttributeIgnore = 0, cudaLaunchAttributeProgrammaticStreamSerialization = 6
+    cudaLaunchAttributeIgnore = 0, cudaLaunchAttributeCooperative = 2,
+    cudaLaunchAttributeProgrammaticStreamSerialization = 6
 };
-union cudaLaunchAttributeValue { char pad[64]; int programmaticStreamSerializationAllowed; };
+union cudaLaunchAttributeValue {
+    char pad[64];
+    int cooperative, programmaticStreamSerializationAllowed;
+};
 struct cudaLaunchAttribute { cudaLaunchAttributeID id; cudaLaunchAttributeValue val; };
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
@@ -424,7 +435,11 @@ struct cudaLaunchConfig_t {
 // Programmatic serialization is a permission to start early, of which this makes no use.
 template<class... P, class... A>
 cudaError_t emu_launch(const char *text, const cudaLaunchConfig_t *c, void (*f)(P...), A &&...a) {
-    auto run = emu::launch(text, f, c->gridDim, c->blockDim, c->dynamicSmemBytes, c->stream);
+    bool cooperative = false;
+    for (const cudaLaunchAttribute *a = c->attrs; a < c->attrs + c->numAttrs; a++)
+        if (a->id == cudaLaunchAttributeCooperative) cooperative = a->val.cooperative;
+    auto run = emu::launch(text, f, c->gridDim, c->blockDim, c->dynamicSmemBytes, c->stream,
+                           cooperative);
     return run(std::forward<A>(a)...);
 }
 #define cudaLaunchKernelEx(config, ...) emu_launch(#__VA_ARGS__, config, __VA_ARGS__)
@@ -437,6 +452,12 @@ cudaError_t emu_attribute(const char *text, void (*f)(P...), cudaFuncAttribute, 
     return cudaSuccess;
 }
 #define cudaFuncSetAttribute(...) emu_attribute(#__VA_ARGS__, __VA_ARGS__)
+template<class... P>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void (*f)(P...), int threads,
+                                                          size_t shared) {
+    *blocks = emu::blocks_that_fit(threads, emu::kernels[(const void *)f].fixed + shared);
+    return cudaSuccess;
+}
 
 // ---- the device ---------------------------------------------------------------------------------
 struct cudaDeviceProp { char name[256]; int major, minor; };
@@ -448,12 +469,13 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
 }
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75,
-    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+    cudaDevAttrCooperativeLaunch = 95, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr a, int device) {
     if (device) return cudaErrorInvalidDevice;
     *value = a == cudaDevAttrMultiProcessorCount ? emu::settings.multiprocessors
            : a == cudaDevAttrComputeCapabilityMajor ? emu::settings.sm / 10
+           : a == cudaDevAttrCooperativeLaunch ? 1
            : (int)emu::shared_per_block();
     return cudaSuccess;
 }

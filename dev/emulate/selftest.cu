@@ -479,6 +479,64 @@ static bool test_launch_ex() {
     return ok;
 }
 
+// ---- cooperative launches -----------------------------------------------------------------------
+// In each round a block takes the next one's numbers, plus 1; one result goes to pinned memory.
+__global__ void pass_on_kernel(int *x, int *result, unsigned *arrived, int rounds) {
+    int n = gridDim.x * blockDim.x, i = blockIdx.x * blockDim.x + threadIdx.x;
+    x[i] = i;
+    for (int r = 0; r < rounds; r++) {
+        grid_barrier(arrived);
+        int from = x[(i + blockDim.x) % n];
+        grid_barrier(arrived);
+        x[i] = from + 1;
+    }
+    if (i == n - 1) *result = x[i];
+}
+static bool test_cooperative() {
+    const int threads = 64, rounds = 3;
+    int multiprocessors, fit, able;
+    CHECK(cudaDeviceGetAttribute(&able, cudaDevAttrCooperativeLaunch, 0));
+    CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
+    CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, pass_on_kernel, threads, 0));
+    cudaLaunchAttribute together = {};
+    together.id = cudaLaunchAttributeCooperative;
+    together.val.cooperative = 1;
+    cudaStream_t s;
+    CHECK(cudaStreamCreate(&s));
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(multiprocessors * fit + 1), config.blockDim = dim3(threads);
+    config.stream = s, config.attrs = &together, config.numAttrs = 1;
+    Device<int> x(multiprocessors * threads);
+    Device<unsigned> arrived(std::vector<unsigned>(1, 0));
+    int *result;
+    CHECK(cudaMallocHost(&result, sizeof *result));
+    bool ok = able && cudaLaunchKernelEx(&config, pass_on_kernel, x.p, result, arrived.p, rounds)
+        == cudaErrorCooperativeLaunchTooLarge;
+    cudaGetLastError();
+    config.gridDim = dim3(multiprocessors);
+    cudaGraph_t graph;
+    cudaGraphExec_t replay;
+    CHECK(cudaStreamBeginCapture(s, cudaStreamCaptureModeGlobal));
+    for (int i = 0; i < 2; i++)
+        CHECK(cudaLaunchKernelEx(&config, pass_on_kernel, x.p, result, arrived.p, rounds));
+    CHECK(cudaStreamEndCapture(s, &graph));
+    CHECK(cudaGraphInstantiate(&replay, graph, 0));
+    for (int times = 0; times < 3; times++) {
+        *result = -1;
+        CHECK(cudaGraphLaunch(replay, s));
+        CHECK(cudaStreamSynchronize(s));
+        std::vector<int> v = x.host();
+        int n = (int)v.size();
+        for (int i = 0; i < n; i++) ok &= v[i] == (i + rounds * threads) % n + rounds;
+        ok &= *result == v[n - 1];
+    }
+    CHECK(cudaGraphExecDestroy(replay));
+    CHECK(cudaGraphDestroy(graph));
+    CHECK(cudaFreeHost(result));
+    CHECK(cudaStreamDestroy(s));
+    return ok;
+}
+
 // ---- cuBLASLt -----------------------------------------------------------------------------------
 struct Case { bool bf16_in, bf16_out, transA, transB; int m, n, k; float beta; };
 static double element(const float *x, bool trans, int pitch, int i, int j) {
@@ -606,6 +664,7 @@ int main() {
         {"pairs of bf16, exp2", test_pairs_and_powers}, {"copies", test_copies},
         {"offsets beyond 2^31", test_far_offsets}, {"streams and events", test_streams},
         {"graph", test_graph}, {"cudaLaunchKernelEx", test_launch_ex},
+        {"cooperative launch, pinned memory", test_cooperative},
         {"cublasLtMatmul", test_cublas},
         {"conflicts and fresh memory", test_shim},
     };
