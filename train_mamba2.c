@@ -105,6 +105,7 @@ X(Int,    accum,          "1",      1, 1e6,    Train,   "micro-batches of a step
 X(Switch, carry,          "",       0, 1,      Train,   "rows go on where they stopped")          \
 X(Switch, recompute,      "",       0, 1,      Train,   "keep activations of one layer only")     \
 X(Str,    dtype,          "",       0, 0,      Train,   "of products: f32 (CPU) or bf16 (GPU)")   \
+X(Int,    residual_in_fp32, "1",    0, 1,      Train,   "GPU: 0: the residual stream in bf16")    \
 X(Int,    threads,        "",       1, 4096,   Train,   "default: OMP_NUM_THREADS, or all cores") \
 X(Num,    lr,             "4e-3",   0, 1e3,    AdamW,   "peak learning rate")                     \
 X(Num,    min_lr,         "",       0, 1e3,    AdamW,   "last learning rate; default lr/10")      \
@@ -2507,6 +2508,7 @@ static int run_main(int argc, char **argv, const Backend *device) {
 
 static void cpu_start(void) {
     if (!*flags.dtype) flags.dtype = "f32";
+    CHECK(flags.residual_in_fp32, "--residual-in-fp32 0 is for train_mamba2cu");
     if (strcmp(flags.dtype, "bf16")) return;
     CHECK(bf16_available(), "--dtype bf16: this processor or this build has no bf16 instruction "
           "(AVX512_BF16); use --dtype f32");

@@ -65,19 +65,21 @@ struct Dims {
 #include "dev/cuda/gemm.cuh"            // gemm: cuBLASLt
 
 // == embed ========================================================================================
-// resid = embedding[ids], in float from the master weights
+// resid = embedding[ids], from the master weights
 
 // A block per row, 4 columns a thread.
-template<bool WIDE>
+template<bool WIDE, typename residX>
 __global__ void __launch_bounds__(256)
-embed_forward_kernel(float *resid, const int *ids, const float *embedding, size_t M) {
+embed_forward_kernel(residX *resid, const int *ids, const float *embedding, size_t M) {
     size_t row = blockIdx.x, from = ids[row] * M;
     for (size_t c = threadIdx.x * 4; c < M; c += 256 * 4) {
         store<WIDE>(resid + row * M, c, M, load<WIDE, 4>(embedding + from, c, M));
     }
 }
-static void embed_forward(const Dims *d, float *resid, const int *ids, const float *embedding) {
-    auto kernel = d->M % 4 ? embed_forward_kernel<false> : embed_forward_kernel<true>;
+template<typename residX>
+static void embed_forward(const Dims *d, residX *resid, const int *ids, const float *embedding) {
+    auto kernel = d->M % 4 ? embed_forward_kernel<false, residX>
+                           : embed_forward_kernel<true, residX>;
     kernel<<<(unsigned)d->n, 256, 0, stream>>>(resid, ids, embedding, d->M);
     LAUNCHED();
 }
@@ -127,8 +129,8 @@ static void embed_plan(int *buffer, const int *ids, size_t n, size_t V) {
 
 // The sum of the rows of x (.,M) that row(i) names, first <= i < last, in order. A thread has 4
 // columns, and 8 rows on their way.
-template<bool WIDE, class F>
-__device__ inline VecOf<4> sum_rows(const float *x, size_t c, size_t M, int first, int last,
+template<bool WIDE, typename X, class F>
+__device__ inline VecOf<4> sum_rows(const X *x, size_t c, size_t M, int first, int last,
                                     F row) {
     VecOf<4> sum = {};
     for (int i = first; i < last; i += 8) {
@@ -147,9 +149,9 @@ __device__ inline VecOf<4> sum_rows(const float *x, size_t c, size_t M, int firs
 }
 
 // parts (segments,M): the sum of the segment's rows of g_resid.
-template<bool WIDE>
+template<bool WIDE, typename residX>
 __global__ void __launch_bounds__(256)
-embed_segments_kernel(float *parts, const float *g_resid, const int *plan, EmbedPlan p, size_t M) {
+embed_segments_kernel(float *parts, const residX *g_resid, const int *plan, EmbedPlan p, size_t M) {
     size_t segment = blockIdx.x, c = (blockIdx.y * (size_t)256 + threadIdx.x) * 4;
     if (segment >= plan[1] || c >= M) return;
     store<WIDE>(parts + segment * M, c, M,
@@ -173,12 +175,14 @@ embed_backward_kernel(float *g_embedding, const float *parts, const int *plan, E
 }
 
 // g_embedding (V,M) +=; plan, on the device, is what embed_plan made of ids
-static void embed_backward(const Dims *d, float *g_embedding, const float *g_resid, int *plan) {
+template<typename residX>
+static void embed_backward(const Dims *d, float *g_embedding, const residX *g_resid, int *plan) {
     float *parts = workspace(d->n * d->M);
     EmbedPlan p = embed_plan_at(plan, d->n);
     dim3 grid((unsigned)d->n, pieces(d->M, 1024));         // as if no id came twice: a fixed shape
     bool wide = d->M % 4 == 0;
-    auto segments = wide ? embed_segments_kernel<true> : embed_segments_kernel<false>;
+    auto segments = wide ? embed_segments_kernel<true, residX>
+                         : embed_segments_kernel<false, residX>;
     auto backward = wide ? embed_backward_kernel<true> : embed_backward_kernel<false>;
     segments<<<grid, 256, 0, stream>>>(parts, g_resid, plan, p, d->M);
     LAUNCHED();
@@ -189,9 +193,9 @@ static void embed_backward(const Dims *d, float *g_embedding, const float *g_res
 // == rmsnorm ======================================================================================
 // u = x^ w, x^ = resid rstd, rstd = 1 / sqrt(mean of resid^2 + eps)
 // backward, of v = w g_u:  g_resid += rstd (v - x^ mean(x^ v));  g_w += sum over rows of x^ g_u
-template<int K, bool WIDE, typename floatX>
+template<int K, bool WIDE, typename floatX, typename residX>
 __global__ void __launch_bounds__(320)
-rmsnorm_forward_kernel(floatX *u, float *rstd, const float *resid, const float *w, size_t M,
+rmsnorm_forward_kernel(floatX *u, float *rstd, const residX *resid, const float *w, size_t M,
                        float eps) {
     __shared__ float part[32];
     size_t row = blockIdx.x;
@@ -214,24 +218,24 @@ rmsnorm_forward_kernel(floatX *u, float *rstd, const float *resid, const float *
         store<WIDE>(u + row * M, c, M, x[k]);
     }
 }
-template<typename floatX>
-static void rmsnorm_forward(const Dims *d, floatX *u, float *rstd, const float *resid,
+template<typename floatX, typename residX>
+static void rmsnorm_forward(const Dims *d, floatX *u, float *rstd, const residX *resid,
                             const float *w) {
     by_columns(d->M, d->M % 8 == 0, [&](auto K, auto WIDE, unsigned threads) {
-        rmsnorm_forward_kernel<K(), WIDE(), floatX><<<(unsigned)d->n, threads, 0, stream>>>(
+        rmsnorm_forward_kernel<K(), WIDE(), floatX, residX><<<(unsigned)d->n, threads, 0, stream>>>(
             u, rstd, resid, w, d->M, d->eps);
     });
     LAUNCHED();
 }
 
-template<int K, bool WIDE, typename floatX>
+template<int K, bool WIDE, typename floatX, typename residX>
 __global__ void __launch_bounds__((THREADS<K, WIDE, floatX>), (BLOCKS<K, WIDE, floatX>))
-rmsnorm_backward_kernel(float *g_resid, float *g_w_parts, floatX *copy, const floatX *g_u,
-                        const float *resid, const float *rstd, const float *w, int add, size_t n,
+rmsnorm_backward_kernel(residX *g_resid, float *g_w_parts, floatX *copy, const floatX *g_u,
+                        const residX *resid, const float *rstd, const float *w, int add, size_t n,
                         size_t M, size_t span) {
     __shared__ float part[2][32];
     Vec g_w[K] = {};
-    Packed<float, 8> next_x[K], next_g[K];                 // of the next row, on their way
+    Packed<residX, 8> next_x[K], next_g[K];                // of the next row, on their way
     Packed<floatX, 8> next_v[K];
     float next_scale;
     size_t first = blockIdx.x * span, last = min(n, first + span);
@@ -269,7 +273,7 @@ rmsnorm_backward_kernel(float *g_resid, float *g_w_parts, floatX *copy, const fl
                 g[k].v[i] += scale * (v[k].v[i] - x[k].v[i] * dot);
             }
             store<WIDE>(g_resid + row * M, column(k), M, g[k]);
-            store<WIDE>(copy + row * M, column(k), M, g[k]);
+            if (sizeof(residX) != sizeof(floatX)) store<WIDE>(copy + row * M, column(k), M, g[k]);
         }
     }
     UNROLL for (int k = 0; k < K; k++) {
@@ -277,15 +281,16 @@ rmsnorm_backward_kernel(float *g_resid, float *g_w_parts, floatX *copy, const fl
     }
 }
 // g_w +=, g_resid += or, without add, =; copy: the new g_resid in floatX, for the products that
-// follow
-template<typename floatX>
-static void rmsnorm_backward(const Dims *d, float *g_resid, float *g_w, const floatX *g_u,
-                             const float *resid, const float *rstd, const float *w, floatX *copy,
+// follow, if it is not floatX itself
+template<typename floatX, typename residX>
+static void rmsnorm_backward(const Dims *d, residX *g_resid, float *g_w, const floatX *g_u,
+                             const residX *resid, const float *rstd, const float *w, floatX *copy,
                              int add) {
     float *g_w_parts = workspace(PARTS * d->M);
     by_columns(d->M, d->M % 8 == 0, [&](auto K, auto WIDE, unsigned threads) {
         size_t span = rows_of_block(d->n, K(), threads), parts = pieces(d->n, span);
-        rmsnorm_backward_kernel<K(), WIDE(), floatX><<<(unsigned)parts, threads, 0, stream>>>(
+        rmsnorm_backward_kernel<K(), WIDE(), floatX, residX>
+            <<<(unsigned)parts, threads, 0, stream>>>(
             g_resid, g_w_parts, copy, g_u, resid, rstd, w, add, d->n, d->M, span);
         LAUNCHED();
         add_parts(g_w, g_w_parts, parts, d->M, d->M);
@@ -315,9 +320,9 @@ static void linear_backward(floatX *g_in, float *g_weight, const floatX *g_out, 
 // xBC_t = silu(pre_t), pre_t = b + sum over k of w_k in_{t-(W-1)+k}; in: x | B | C of zxBCdt
 // backward: g_pre = g_xBC silu'(pre);  g_in_t = sum over k of w_k g_pre_{t+(W-1)-k};
 //           g_w_k += sum over t of g_pre_t in_{t-(W-1)+k};  g_b += sum of g_pre
-// A thread walks CONV_ROWS steps of CHANNELS channels with the last TAPS inputs in registers, and
-// the next AT_ONCE steps on their way. TAPS is W, or more: missing taps are the oldest, weight 0.
-constexpr int CONV_ROWS = 64, AT_ONCE = 4;
+// A thread walks `steps` steps of CHANNELS channels with the last TAPS inputs in registers, and the
+// next AT_ONCE steps on their way. TAPS is W, or more: missing taps are the oldest, weight 0.
+constexpr int AT_ONCE = 4;
 
 template<int TAPS, bool WIDE, bool PACKED, typename floatX>
 struct Conv {
@@ -393,10 +398,10 @@ __device__ inline void fetch_steps(Pack next[AT_ONCE], const floatX *&x, size_t 
 template<int TAPS, bool WIDE, bool PACKED, typename floatX>
 __global__ void __launch_bounds__(256, (LEAN<WIDE, floatX>) ? 3 : 1)
 conv1d_forward_kernel(floatX *xBC, const floatX *zxBCdt, const float *w, const float *b,
-                      const floatX *past, const int *doc, Dims d) {
+                      const floatX *past, const int *doc, Dims d, int steps) {
     typedef Conv<TAPS, WIDE, PACKED, floatX> Conv;
     int c = (blockIdx.y * 32 + threadIdx.x % 32) * Conv::CHANNELS;
-    int t0 = (blockIdx.x * 8 + threadIdx.x / 32) * CONV_ROWS, last = min(t0 + CONV_ROWS, (int)d.T);
+    int t0 = (blockIdx.x * 8 + threadIdx.x / 32) * steps, last = min(t0 + steps, (int)d.T);
     size_t r = blockIdx.z;
     if (c >= d.S || t0 >= d.T) return;
     Conv conv(d, r, c, zxBCdt, w, b, past, doc);
@@ -435,18 +440,35 @@ static void by_taps(const Dims *d, const int *doc, F f) {
     else if (d->S % 8 == 0 && d->E % 8 == 0) with(Four(), std::true_type());
     else with(Four(), std::false_type());
 }
-static dim3 conv_grid(const Dims *d) {
-    unsigned channels = d->W <= 4 ? 128 : 64;              // of a block
-    return dim3(pieces(d->T, 8 * CONV_ROWS), pieces(d->S, channels), (unsigned)d->R);
-}
+// Eight slices of `steps` steps to a block. Blocks run in waves, of which the last may be nearly
+// empty: this many steps, and `more` that a thread goes beyond its own, end soonest.
+struct ConvGrid {
+    int steps;
+    dim3 blocks;
+    ConvGrid(const Dims *d, size_t blocks_of_multiprocessor, size_t more) {
+        unsigned channels = pieces(d->S, d->W <= 4 ? 128 : 64), R = (unsigned)d->R;
+        size_t wave = multiprocessors() * blocks_of_multiprocessor, least = SIZE_MAX;
+        for (int n = AT_ONCE; n <= 64 * AT_ONCE; n += AT_ONCE) {
+            dim3 grid(pieces(d->T, 8 * n), channels, R);
+            size_t time = pieces((size_t)grid.x * channels * R, wave) * (n + more);
+            if (time >= least) continue;
+            least = time;
+            steps = n;
+            blocks = grid;
+        }
+    }
+};
+static ConvGrid conv_forward_grid(const Dims *d) { return ConvGrid(d, 3, d->W + AT_ONCE); }
+static ConvGrid conv_backward_grid(const Dims *d) { return ConvGrid(d, 2, 2 * d->W + AT_ONCE); }
 
 // w (S,W), b (S), past (R,W-1,S): xBC before this row, or NULL
 template<typename floatX>
 static void conv1d_forward(const Dims *d, floatX *xBC, const floatX *zxBCdt, const float *w,
                            const float *b, const floatX *past, const int *doc) {
+    ConvGrid grid = conv_forward_grid(d);
     by_taps(d, doc, [&](auto TAPS, auto WIDE, auto PACKED) {
         conv1d_forward_kernel<TAPS(), WIDE(), PACKED(), floatX>
-            <<<conv_grid(d), 256, 0, stream>>>(xBC, zxBCdt, w, b, past, doc, *d);
+            <<<grid.blocks, 256, 0, stream>>>(xBC, zxBCdt, w, b, past, doc, *d, grid.steps);
     });
     LAUNCHED();
 }
@@ -457,14 +479,15 @@ static void conv1d_forward(const Dims *d, floatX *xBC, const floatX *zxBCdt, con
 template<int TAPS, bool WIDE, bool PACKED, typename floatX>
 __global__ void __launch_bounds__(256, (LEAN<WIDE, floatX>) ? 2 : 1)
 conv1d_backward_kernel(floatX *g_zxBCdt, float *parts, const floatX *g_xBC, const floatX *zxBCdt,
-                       const float *w, const float *b, const floatX *past, const int *doc, Dims d) {
+                       const float *w, const float *b, const floatX *past, const int *doc, Dims d,
+                       int own_steps) {
     typedef Conv<TAPS, WIDE, PACKED, floatX> Conv;
     typedef typename Conv::Channels Channels;
     constexpr int CHANNELS = Conv::CHANNELS, ACROSS = 32 * CHANNELS;
     __shared__ float sums[TAPS + 1][8][ACROSS];
     int lane = threadIdx.x % 32, slice = threadIdx.x / 32, T = d.T;
     int c = blockIdx.y * ACROSS + lane * CHANNELS;
-    int t0 = min((int)(blockIdx.x * 8 + slice) * CONV_ROWS, T), own = min(t0 + CONV_ROWS, T);
+    int t0 = min((int)(blockIdx.x * 8 + slice) * own_steps, T), own = min(t0 + own_steps, T);
     int last = min(own + TAPS - 1, T);
     size_t r = blockIdx.z;
     Conv conv(d, r, c, zxBCdt, w, b, past, doc);
@@ -542,12 +565,12 @@ template<typename floatX>
 static void conv1d_backward(const Dims *d, floatX *g_zxBCdt, float *g_w, float *g_b,
                             const floatX *g_xBC, const floatX *zxBCdt, const float *w,
                             const float *b, const floatX *past, const int *doc) {
-    dim3 grid = conv_grid(d);
-    size_t count = grid.x * d->R, weights = d->S * d->W, pitch = weights + d->S;
+    ConvGrid grid = conv_backward_grid(d);
+    size_t count = grid.blocks.x * d->R, weights = d->S * d->W, pitch = weights + d->S;
     float *parts = workspace(count * pitch);
     by_taps(d, doc, [&](auto TAPS, auto WIDE, auto PACKED) {
-        conv1d_backward_kernel<TAPS(), WIDE(), PACKED(), floatX><<<grid, 256, 0, stream>>>(
-            g_zxBCdt, parts, g_xBC, zxBCdt, w, b, past, doc, *d);
+        conv1d_backward_kernel<TAPS(), WIDE(), PACKED(), floatX><<<grid.blocks, 256, 0, stream>>>(
+            g_zxBCdt, parts, g_xBC, zxBCdt, w, b, past, doc, *d, grid.steps);
     });
     LAUNCHED();
     add_parts(g_w, parts, count, weights, pitch);
@@ -1676,28 +1699,38 @@ template<typename X> struct ParamsOf {
 #undef X
 };
 
-// Activations are in floatX, but for these:
+// Activations are in floatX, but for the residual stream, in residX, and these, in float:
 constexpr const char *IN_FLOAT[] = {
-    "resid", "rstd", "dt", "rstd_g", "rstd2", "rstd_f", "losses", "g_resid", "g_dt",
-    "carried", "carried_new",
+    "rstd", "dt", "rstd_g", "rstd2", "rstd_f", "losses", "g_dt", "carried", "carried_new",
 };
+constexpr const char *IN_RESID[] = {"resid", "g_resid"};
+
 constexpr bool same_name(const char *a, const char *b) {
     return *a == *b && (!*a || same_name(a + 1, b + 1));
 }
-constexpr bool in_float(const char *name) {
-    for (const char *other : IN_FLOAT) {
+template<size_t COUNT>
+constexpr bool is_in(const char *const (&names)[COUNT], const char *name) {
+    for (const char *other : names) {
         if (same_name(name, other)) return true;
     }
     return false;
 }
-template<typename floatX> struct Acts {
-#define X(name, ...) typename std::conditional<in_float(#name), float, floatX>::type *name;
+template<typename floatX, typename residX> struct Acts {
+#define X(name, ...)                                                        \
+    std::conditional_t<is_in(IN_FLOAT, #name), float,                       \
+                       std::conditional_t<is_in(IN_RESID, #name), residX, floatX>> *name;
     ACTS(X)
 #undef X
+    static size_t size(const char *name) {                 // of an element
+        if (is_in(IN_FLOAT, name)) return sizeof(float);
+        return is_in(IN_RESID, name) ? sizeof(residX) : sizeof(floatX);
+    }
 };
 
-template<typename floatX>
+template<typename FloatX, typename ResidX>
 struct Model {
+    typedef FloatX floatX;
+    typedef ResidX residX;
     cpu::Model *host;
     Dims d = Dims(cpu::Dims());
     cpu::Spec specs[cpu::PARAM_COUNT], act_specs[cpu::ACT_COUNT];
@@ -1705,11 +1738,13 @@ struct Model {
     float *weights, *grads, *mean, *square;            // the same as blocks
     ParamsOf<floatX> x;                    // the weights in floatX: w itself when that is float
     floatX *copies;
-    Acts<floatX> a, acts;                  // acts: as allocated; those of --carry trade places in a
-    floatX *g_branch;                      // g_resid (n,M) in floatX
+    Acts<floatX, residX> a, acts;          // acts: as allocated; those of --carry trade places in a
+    floatX *g_branch;                      // g_resid (n,M) in floatX: itself when residX is that
     int *ids, *targets, *docs, *plan;      // of the micro-batch; plan: embed_plan
     const int *doc;                        // docs, or NULL
     int *host_plan;
+
+    size_t bytes(const cpu::Spec &act) const { return act.count * acts.size(act.name); }
 };
 
 // Pointers to all tensors of a block, of which each begins at a multiple of 16 elements.
@@ -1732,21 +1767,14 @@ static ParamsOf<X> layer_params(const cpu::Spec *specs, ParamsOf<X> layer, size_
     return layer;
 }
 
-template<typename floatX>
-static size_t act_size(const cpu::Spec *spec) {            // of an element
-    return in_float(spec->name) ? sizeof(float) : sizeof(floatX);
-}
-
 // Likewise of the activations. Without --carry, past and carried are NULL.
-template<typename floatX>
-static Acts<floatX> layer_acts(const Model<floatX> *m, size_t l) {
-    Acts<floatX> layer = m->a;
+static auto layer_acts(const auto *m, size_t l) {
+    auto layer = m->a;
     size_t lanes = m->host->d.lanes;
     for (size_t k = 0; k < cpu::ACT_COUNT; k++) {
         const cpu::Spec *s = &m->act_specs[k];
         char **p = &((char **)&layer)[k];
-        // of a layer
-        size_t bytes = s->shape[0] ? s->count / s->shape[0] * act_size<floatX>(s) : 0;
+        size_t bytes = s->shape[0] ? m->bytes(*s) / s->shape[0] : 0;       // of a layer
         if (s->shape_text[1] == 'K') *p += l % m->host->d.kept * bytes;
         if (!strncmp(s->shape_text, "(L2,", 4)) *p += l * (m->d.F ? 2 : 1) * bytes;
         if (!strncmp(s->shape_text, "(L,", 3)) {
@@ -1758,8 +1786,7 @@ static Acts<floatX> layer_acts(const Model<floatX> *m, size_t l) {
 
 // The device's shapes: rows of zxBCdt have their pitch, slabs of logits are larger (each one reads
 // and writes the head's gradient).
-template<typename floatX>
-static void device_specs(Model<floatX> *m, const cpu::Dims &host) {
+static void device_specs(auto *m, const cpu::Dims &host) {
     cpu::Dims d = host;
     d.Z = m->d.pitch;
     d.slab = max((size_t)2, (d.n + pieces(d.n * d.V, (size_t)1 << 29) - 1) /
@@ -1772,47 +1799,52 @@ static void device_specs(Model<floatX> *m, const cpu::Dims &host) {
 // Scratch memory that the ops take in turn
 static size_t work_floats(const Dims *d) {
     size_t sums = PARTS * max(d->M, d->E), embed = d->n * d->M;
-    size_t conv = pieces(d->T, 8 * CONV_ROWS) * d->R * d->S * (d->W + 1);
+    size_t conv = conv_backward_grid(d).blocks.x * d->R * d->S * (d->W + 1);
     return max(max(sums, embed), max(conv, ssd_work_floats(d)));
 }
 
+static size_t branch_bytes(const auto *m) {                // of g_branch, where it is not g_resid
+    bool same = sizeof(*m->a.g_resid) == sizeof(*m->g_branch);
+    return same ? 0 : m->d.n * m->d.M * sizeof(*m->g_branch);
+}
+
 // What training takes of the device, by the sizes of open_acts and Device::open
-template<typename floatX>
+template<class Model>
 static cpu::Memory device_memory(const cpu::Dims *host) {
-    Model<floatX> m;
+    Model m;
+    constexpr bool is_float = sizeof(*m.copies) == sizeof(float);
     m.d = Dims(*host);
     device_specs(&m, *host);
     cpu::param_specs(host, m.specs);
     cpu::Memory memory = {};
     double params = (double)cpu::total(m.specs, cpu::PARAM_COUNT) * sizeof(float);
-    memory.weights = sizeof(floatX) == sizeof(float) ? params : 1.5 * params;
+    memory.weights = is_float ? params : 1.5 * params;
     memory.grads = params;
     memory.moments = 2 * params;
     for (const cpu::Spec &s : m.act_specs) {
-        double bytes = (double)(s.count * act_size<floatX>(&s));
-        (strcmp(s.name, "logits") ? memory.activations : memory.logits) += bytes;
+        (strcmp(s.name, "logits") ? memory.activations : memory.logits) += (double)m.bytes(s);
     }
-    memory.activations += (double)(m.d.n * (m.d.M * sizeof(floatX) + 7 * sizeof(int)));
+    memory.activations += (double)(branch_bytes(&m) + m.d.n * 7 * sizeof(int));
     memory.work = (double)(work_floats(&m.d) * sizeof(float) + CUBLAS_WORKSPACE);
     memory.room = (double)device_room;
     return memory;
 }
 
 // Room for a batch's activations and tokens.
-template<typename floatX>
-static void open_acts(Model<floatX> *m, cpu::Model *host) {
+static void open_acts(auto *m, cpu::Model *host) {
     m->host = host;
     m->d = Dims(host->d);
     device_specs(m, host->d);
     for (size_t k = 0; k < cpu::ACT_COUNT; k++) {
-        size_t bytes = m->act_specs[k].count * act_size<floatX>(&m->act_specs[k]);
+        size_t bytes = m->bytes(m->act_specs[k]);
         ((char **)&m->acts)[k] = device_alloc<char>(bytes);
         CUDA(cudaMemsetAsync(((char **)&m->acts)[k], 0, bytes, stream));
     }
     m->a = m->acts;
     size_t n = m->d.n;
     workspace(work_floats(&m->d));
-    m->g_branch = device_alloc<floatX>(n * m->d.M);
+    size_t branch = branch_bytes(m);
+    (void *&)m->g_branch = branch ? device_alloc<char>(branch) : (void *)m->a.g_resid;
     m->ids = device_alloc<int>(n);
     m->targets = device_alloc<int>(n);
     m->docs = device_alloc<int>(n);
@@ -1820,12 +1852,12 @@ static void open_acts(Model<floatX> *m, cpu::Model *host) {
     m->host_plan = (int *)cpu::alloc(embed_plan_size(n), sizeof(int));
 }
 
-template<typename floatX>
-static void close_acts(Model<floatX> *m) {
+static void close_acts(auto *m) {
     for (size_t k = 0; k < cpu::ACT_COUNT; k++) {
         CUDA(cudaFree(((char **)&m->acts)[k]));
     }
-    void *others[] = {m->ids, m->targets, m->docs, m->plan, m->g_branch};
+    void *branch = branch_bytes(m) ? m->g_branch : NULL;
+    void *others[] = {m->ids, m->targets, m->docs, m->plan, branch};
     for (void *p : others) {
         CUDA(cudaFree(p));
     }
@@ -1854,12 +1886,11 @@ static void upload(X *to, const float *from, size_t count) {
 }
 
 // --dump: layer l's tensors to where the host would have them, then the host's own function
-template<typename floatX>
-static void watch(const Model<floatX> *m, size_t l, int part) {
+static void watch(const auto *m, size_t l, int part) {
     cpu::Model *host = m->host;
     if (!host->watch) return;
     cpu::Acts to = cpu::layer_acts(host, l);
-    Acts<floatX> from = layer_acts(m, l);
+    auto from = layer_acts(m, l);
     for (size_t k = 0; k < cpu::ACT_COUNT; k++) {
         const cpu::Spec *s = &host->act_specs[k];
         bool of_layers = s->shape_text[1] == 'K' || !strncmp(s->shape_text, "(L2,", 4);
@@ -1870,15 +1901,15 @@ static void watch(const Model<floatX> *m, size_t l, int part) {
         if (s->rank == 1 || (of_layers && s->rank == 2)) columns = pitch = count;
         float *x = ((float **)&to)[k];
         const void *device = ((void **)&from)[k];
-        if (in_float(s->name)) download(x, (const float *)device, count / columns, columns, pitch);
-        else download(x, (const floatX *)device, count / columns, columns, pitch);
+        if (from.size(s->name) == sizeof(float))
+            download(x, (const float *)device, count / columns, columns, pitch);
+        else download(x, (const bf16 *)device, count / columns, columns, pitch);
     }
     host->watch(host->watcher, l, part);
 }
 
 // The gradients that only ever add start from 0; matrices are overwritten by their first product.
-template<typename floatX>
-static void zero_grads(const Model<floatX> *m) {
+static void zero_grads(const auto *m) {
     for (size_t k = 0; k < cpu::PARAM_COUNT; k++) {
         const cpu::Spec *s = &m->specs[k];
         if (s->decay && (s->init != cpu::NORMAL || m->host->d.tied)) continue;
@@ -1886,8 +1917,7 @@ static void zero_grads(const Model<floatX> *m) {
     }
 }
 
-template<typename floatX>
-static void swap_states(Model<floatX> *m) {
+static void swap_states(auto *m) {
     std::swap(m->a.past, m->a.past_new);
     std::swap(m->a.carried, m->a.carried_new);
 }
@@ -1918,19 +1948,18 @@ static void part(const char *name) {
 }
 
 // The residual stream after a branch: the one before it plus in (n,I) weight (M,I)^T
-template<typename floatX>
-static float *after(const Model<floatX> *m, float *resid) {
+template<typename residX>
+static residX *after(const auto *m, residX *resid) {
     return resid + m->act_specs[0].shape[1] * m->d.M;
 }
 
 template<typename floatX>
-static void add_branch(const Model<floatX> *m, float *resid, const floatX *in, const floatX *weight,
+static void add_branch(const auto *m, auto *resid, const floatX *in, const floatX *weight,
                        size_t I) {
     gemm(after(m, resid), in, weight, resid, 1, Product{m->d.n, m->d.M, I, I, I, m->d.M, 0, 1});
 }
 
-template<typename floatX>
-static void layer_forward(const Model<floatX> *m, size_t l) {
+static void layer_forward(const auto *m, size_t l) {
     const Dims *d = &m->d;
     auto w = layer_params(m->specs, m->w, l, d->L);
     auto x = layer_params(m->specs, m->x, l, d->L);
@@ -1954,8 +1983,7 @@ static void layer_forward(const Model<floatX> *m, size_t l) {
 }
 
 // g_resid (n,M): on entry the gradient of what the layer returns, on exit of what it was given.
-template<typename floatX>
-static void layer_backward(const Model<floatX> *m, size_t l) {
+static void layer_backward(const auto *m, size_t l) {
     const Dims *d = &m->d;
     auto w = layer_params(m->specs, m->w, l, d->L), g = layer_params(m->specs, m->g, l, d->L);
     auto x = layer_params(m->specs, m->x, l, d->L);
@@ -1994,8 +2022,7 @@ static void layer_backward(const Model<floatX> *m, size_t l) {
 }
 
 // The tokens of host->ids, targets (but in generation) and doc, to the device
-template<typename floatX>
-static void take_batch(Model<floatX> *m) {
+static void take_batch(auto *m) {
     const cpu::Model *host = m->host;
     size_t slab = m->d.slab, bytes = host->d.n * sizeof(int);
     m->d = Dims(host->d);                                  // tasks of --eval have shorter rows
@@ -2009,8 +2036,7 @@ static void take_batch(Model<floatX> *m) {
     m->doc = host->doc ? m->docs : NULL;
 }
 
-template<typename floatX>
-static void model_hidden(Model<floatX> *m) {
+static void model_hidden(auto *m) {
     const Dims *d = &m->d;
     part("embed");    embed_forward(d, m->a.resid, m->ids, m->w.embedding);
     for (size_t l = 0; l < d->L; l++) {
@@ -2021,17 +2047,16 @@ static void model_hidden(Model<floatX> *m) {
 }
 
 // The losses of the tokens; with `backward` also all gradients but the embedding's.
-template<typename floatX>
-static void model_losses(Model<floatX> *m, int backward) {
+static void model_losses(auto *m, int backward) {
     const Dims *d = &m->d;
     cpu::Model *host = m->host;
     auto a = m->a;
-    const floatX *head = host->d.tied ? m->x.embedding : m->x.lm_head;
+    auto *head = host->d.tied ? m->x.embedding : m->x.lm_head;
     float *g_head = host->d.tied ? m->g.embedding : m->g.lm_head;
     model_hidden(m);
     if (backward && !host->add) zero_grads(m);
     part("classifier");
-    classifier(d, a.losses, backward ? a.g_u : (floatX *)NULL, g_head, a.logits, host->all_logits,
+    classifier(d, a.losses, backward ? a.g_u : NULL, g_head, a.logits, host->all_logits,
                a.hidden, head, m->targets, host->scale, host->add);
     if (!backward) return;
     watch(m, d->L, 1);
@@ -2073,8 +2098,7 @@ static cudaGraphExec_t capture(F work) {
 
 // model_losses with gradients, as a graph from its second time on. The first one goes step by step,
 // and leaves plans of matrix products and work space behind.
-template<typename floatX>
-static void graph_losses(Model<floatX> *m) {
+static void graph_losses(auto *m) {
     static Graph graphs[GRAPHS];
     static size_t count;
     const cpu::Model *host = m->host;
@@ -2093,8 +2117,7 @@ static void graph_losses(Model<floatX> *m) {
 
 // The mean loss of the micro-batch; with `backward` also its gradients, added to those of the
 // step's earlier micro-batches.
-template<typename floatX>
-static double model_loss(Model<floatX> *m, int backward) {
+static double model_loss(auto *m, int backward) {
     const Dims *d = &m->d;
     float *losses = m->host->a.losses;
     take_batch(m);
@@ -2116,8 +2139,7 @@ static double model_loss(Model<floatX> *m, int backward) {
     return sum / (double)n;
 }
 
-template<typename floatX>
-static void adamw(Model<floatX> *m, double lr, double grad_scale, cpu::Int t) {
+static void adamw(auto *m, double lr, double grad_scale, cpu::Int t) {
     const cpu::Flags &f = cpu::flags;
     double fix1 = 1 - pow(f.beta1, (double)t), fix2 = 1 - pow(f.beta2, (double)t);
     AdamW s = {(float)f.beta1, (float)(1 - f.beta1), (float)f.beta2, (float)(1 - f.beta2),
@@ -2130,7 +2152,8 @@ static void adamw(Model<floatX> *m, double lr, double grad_scale, cpu::Int t) {
         s.ranges++;
     }
     size_t count = m->host->size;
-    adamw_kernel<floatX><<<pieces(count, 2048), 256, 0, stream>>>(
+    auto kernel = adamw_kernel<std::remove_pointer_t<decltype(m->copies)>>;
+    kernel<<<pieces(count, 2048), 256, 0, stream>>>(
         m->weights, m->copies, m->mean, m->square, m->grads, s, count);
     LAUNCHED();
 }
@@ -2139,9 +2162,10 @@ static void adamw(Model<floatX> *m, double lr, double grad_scale, cpu::Int t) {
 #include "dev/cuda/profile.cuh"         // the table of --profile
 
 // ---- the functions of cpu::Backend, for floatX --------------------------------------------------
-template<typename floatX>
+template<typename floatX, typename residX>
 struct Device {
-    static inline Model<floatX> model;
+    static inline Model<floatX, residX> model;
+    static constexpr bool is_float = sizeof(floatX) == sizeof(float);
 
     static size_t count(const char *name) {                // elements of an activation
         size_t k = 0;
@@ -2163,10 +2187,20 @@ struct Device {
 #endif
     }
 
+    static cpu::Memory memory(const cpu::Dims *d) {
+        return device_memory<Model<floatX, residX>>(d);
+    }
+
     static void open(cpu::Model *host) {
-        Model<floatX> *m = &model;
+        auto *m = &model;
         memcpy(m->specs, host->specs, sizeof m->specs);
         open_acts(m, host);
+        if (host->grads && !is_float && !ssd_is_fast(&m->d)) {
+            fprintf(stderr, "note: SSD takes about 10 times as long here; the fast kernels take "
+                            "chunks of 128, headdim up to 64 and d_state up to 128, both multiples "
+                            "of 8, and a GPU with %zu KB of shared memory a block\n",
+                    sizeof(WalkShared<128>) >> 10);
+        }
         float **blocks[] = {&m->weights, &m->grads, &m->mean, &m->square};
         const float *from[] = {host->weights, NULL, host->mean, host->square};
         ParamsOf<float> *params[] = {&m->w, &m->g, &m->m, &m->v};
@@ -2178,7 +2212,7 @@ struct Device {
             if (from[i]) upload(*blocks[i], from[i], host->size);
         }
         if (training && cpu::flags.save_every) pin_checkpoint(host);
-        if (sizeof(floatX) == sizeof(float)) {
+        if (is_float) {
             m->copies = (floatX *)m->weights;
         } else {
             m->copies = device_alloc<floatX>(host->size);
@@ -2195,7 +2229,7 @@ struct Device {
     // Prints up to `count` tokens after the prompt: cpu::generate, with the logits from the GPU.
     static void generate(const cpu::Model *host, const cpu::Tokenizer *tok, const int *prompt,
                          size_t prompt_size, cpu::Int count, uint64_t stream_of) {
-        Sampler<floatX> s(&model, host, prompt_size < 256 ? prompt_size : 256);
+        Sampler<Model<floatX, residX>> s(&model, host, prompt_size < 256 ? prompt_size : 256);
         s.feed(prompt, prompt_size);
         cpu::Int issued = 0;
         double start = cpu::now();
@@ -2245,7 +2279,7 @@ struct Device {
     }
 
     static void fetch(cpu::Model *host) {
-        const Model<floatX> *m = &model;
+        const auto *m = &model;
         size_t n = host->size;
         download(host->weights, m->weights, n);
         download(host->mean, m->mean, n);
@@ -2265,12 +2299,23 @@ struct Device {
 
 extern const cpu::Backend gpu_backend;
 
-static bool in_bf16() { return !strcmp(cpu::flags.dtype, "bf16"); }
+// Calls f with the Device of the types that the flags name.
+template<class F> static auto with_device(F f) {
+    if (!strcmp(cpu::flags.dtype, "f32")) return f(Device<float, float>());
+    if (cpu::flags.residual_in_fp32) return f(Device<bf16, float>());
+    return f(Device<bf16, bf16>());
+}
+#define OF_DEVICE(function)                                                          \
+    [](auto... arguments) {                                                          \
+        return with_device([&](auto device) { return device.function(arguments...); }); \
+    }
 
 // Which GPU, and can this program run on it? BUILT_FOR is what nvcc compiled for: code for sm_86
 // runs on 8.6 and 8.9, not on 8.0 or 9.0.
 static void gpu_start() {
     if (!cpu::given[cpu::FLAG_dtype]) cpu::flags.dtype = "bf16";
+    CHECK(strcmp(cpu::flags.dtype, "f32") || cpu::flags.residual_in_fp32,
+          "--residual-in-fp32 0 is for --dtype bf16");
     if (!cpu::flags.chunk_size) cpu::flags.chunk_size = 128;
     int count = 0, device = (int)cpu::flags.device, driver = 0, runtime = 0;
     CUDA(cudaDriverGetVersion(&driver));                   // 0: there is none
@@ -2295,43 +2340,8 @@ static void gpu_start() {
     CUDA(cudaStreamCreate(&stream));
 }
 
-static cpu::Memory gpu_memory(const cpu::Dims *d) {
-    return in_bf16() ? device_memory<bf16>(d) : device_memory<float>(d);
-}
-static const cpu::Dims *opened;            // of the model that takes the memory
-
-// Two steps to warm up, N without events, N with them
-static int gpu_profile(cpu::Int steps) {
-    static double start, plain;
-    static Ceilings most;
-    const cpu::Flags &f = cpu::flags;
-    cpu::Int N = min(f.profile, (f.steps - 2) / 2);
-    CHECK(N > 0, "--profile takes at least 4 --steps");
-    double time = (cpu::now() - start) / (double)N;
-    if (steps == 2) {
-        most = in_bf16() ? measure_ceilings<bf16>() : measure_ceilings<float>();
-        start = cpu::now();
-    }
-    if (steps == 2 + N) {
-        plain = time;
-        profile.on = true;
-        start = cpu::now();
-    }
-    if (steps < 2 + 2 * N) return 0;
-    cpu::Spec specs[cpu::PARAM_COUNT];
-    cpu::param_specs(opened, specs);
-    Dims d(*opened);
-    double params = (double)cpu::total(specs, cpu::PARAM_COUNT);
-    CUDA(cudaStreamSynchronize(stream));
-    printf("ceilings: a copy %.0f GB/s, a product of 8192 x 8192 x 8192 %.1f TFLOP/s\n",
-           1e-9 * most.bytes, 1e-12 * most.flops);
-    print_parts(step_costs(&d, in_bf16() ? 2 : 4, params, opened->kept < opened->L), most,
-                (double)N, plain, time);
-    return 1;
-}
-
 static const char *gpu_memory_advice() {
-    cpu::Memory memory = gpu_memory(opened);
+    cpu::Memory memory = gpu_backend.memory(opened);
     size_t batch = cpu::largest_batch(&gpu_backend, opened);
     return cpu::str(": of %.1f that were free, this run takes %s; try --batch %zu%s",
                     memory.room / (1 << 30), cpu::memory_text(&memory), batch ? batch : 1,
@@ -2339,63 +2349,9 @@ static const char *gpu_memory_advice() {
 }
 
 static void gpu_open(cpu::Model *m) {
-    Dims d(m->d);
     opened = &m->d;
     memory_advice = gpu_memory_advice;
-    if (in_bf16() && m->grads && !ssd_is_fast(&d)) {
-        fprintf(stderr,
-                "note: SSD takes about 10 times as long in this shape; the fast kernels take "
-                "chunks of 128, headdim up to 64 and d_state up to 128, both multiples of 8\n");
-    }
-    in_bf16() ? Device<bf16>::open(m) : Device<float>::open(m);
-}
-static double gpu_loss(cpu::Model *m, int backward) {
-    return in_bf16() ? Device<bf16>::loss(m, backward) : Device<float>::loss(m, backward);
-}
-static double gpu_norm(cpu::Model *m) {
-    return in_bf16() ? Device<bf16>::norm(m) : Device<float>::norm(m);
-}
-static void gpu_update(cpu::Model *m, double lr, double grad_scale, cpu::Int t) {
-    in_bf16() ? Device<bf16>::update(m, lr, grad_scale, t)
-              : Device<float>::update(m, lr, grad_scale, t);
-}
-static void gpu_carry(cpu::Model *m, int fresh) {
-    in_bf16() ? Device<bf16>::carry(m, fresh) : Device<float>::carry(m, fresh);
-}
-static void gpu_fetch(cpu::Model *m) {
-    in_bf16() ? Device<bf16>::fetch(m) : Device<float>::fetch(m);
-}
-
-static void gpu_generate(const cpu::Model *m, const cpu::Tokenizer *tok, const int *prompt,
-                         size_t size, cpu::Int count, uint64_t stream_of) {
-    in_bf16() ? Device<bf16>::generate(m, tok, prompt, size, count, stream_of)
-              : Device<float>::generate(m, tok, prompt, size, count, stream_of);
-}
-
-// MFU = FLOPs of a token x tokens a second / the datasheet's peak. FLOPs are those that the model
-// needs, not those that kernels do: forward and backward of the matrix products, 6 for each weight
-// of in_proj, out_proj, MLP and head, and 3 times SSD's forward at chunks of 128, where tiles above
-// the diagonal are left out (ssd_flops). So neither a worse chunk nor --recompute raises it.
-static double gpu_flops(const cpu::Model *m) {
-    Dims d(m->d);
-    double layer = (double)(d.Z * d.M + d.E * d.M + 3 * d.F * d.M);
-    return 6 * ((double)d.L * layer + (double)(d.V * d.M)) + 3 * (double)d.L * ssd_flops(&d);
-}
-
-// Dense rates of the datasheets, in TFLOP/s: bf16 tensor cores with sums in float, and float
-static double gpu_peak() {
-    static const struct { const char *name; double bf16, f32; } peaks[] = {
-        {"H100 PCIe", 756, 51}, {"H100 NVL", 835, 60}, {"H100", 989, 67}, {"H200", 989, 67},
-        {"H800", 989, 67}, {"GH200", 989, 67}, {"B200", 2250, 75}, {"A100", 312, 19.5},
-        {"A800", 312, 19.5}, {"L40S", 362, 91.6}, {"L4", 121, 30.3}, {"A10", 125, 31.2},
-        {"RTX 4090", 165, 82.6}, {"RTX 3090", 71, 35.6},
-    };
-    cudaDeviceProp p;
-    CUDA(cudaGetDeviceProperties(&p, (int)cpu::flags.device));
-    for (auto &peak : peaks) {
-        if (strstr(p.name, peak.name)) return 1e12 * (in_bf16() ? peak.bf16 : peak.f32);
-    }
-    return 0;
+    with_device([&](auto device) { device.open(m); });
 }
 
 // --compare without a file: the same micro-batch, at the same chunk, by the CPU's ops in float64
@@ -2406,7 +2362,9 @@ static int gpu_compare(cpu::Run *run) {
     CHECK(mkdtemp(dir), "%s: %s", dir, strerror(errno));
     char *ref = strdup(cpu::str("%s/float64", dir)), *base = strdup(cpu::str("%s/float32", dir));
     const char *dtype = cpu::flags.dtype, *init = *cpu::flags.init ? cpu::flags.init : NULL;
+    cpu::Int resid = cpu::flags.residual_in_fp32;
     cpu::flags.dtype = "f32";
+    cpu::flags.residual_in_fp32 = 1;
     cpu::flags.chunk_size = (cpu::Int)run->m.d.Q;
     static_assert(sizeof cpu64::flags == sizeof cpu::flags, "one table makes both");
     memcpy(&cpu64::flags, &cpu::flags, sizeof cpu64::flags);
@@ -2427,6 +2385,7 @@ static int gpu_compare(cpu::Run *run) {
     cpu::tensors_write(base, &dump32.list);
 
     cpu::flags.dtype = dtype;
+    cpu::flags.residual_in_fp32 = resid;
     cpu::flags.compare = strdup(cpu::str("%s,%s", ref, base));
     int bad = cpu::compare_dump(run);
     unlink(ref);
@@ -2436,8 +2395,9 @@ static int gpu_compare(cpu::Run *run) {
 }
 
 const cpu::Backend gpu_backend = {
-    "GPU", 1, gpu_start, gpu_memory, gpu_open, gpu_loss, gpu_norm, gpu_update, gpu_carry, gpu_fetch,
-    gpu_generate, gpu_flops, gpu_peak, gpu_profile, gpu_compare
+    "GPU", 1, gpu_start, OF_DEVICE(memory), gpu_open, OF_DEVICE(loss), OF_DEVICE(norm),
+    OF_DEVICE(update), OF_DEVICE(carry), OF_DEVICE(fetch), OF_DEVICE(generate), gpu_flops, gpu_peak,
+    gpu_profile, gpu_compare
 };
 
 int main(int argc, char **argv) { return cpu::run_main(argc, argv, &gpu_backend); }

@@ -76,6 +76,14 @@ static size_t shared_room() {
     }
     return (size_t)room;
 }
+static size_t multiprocessors() {
+    static int device, count;
+    if (!count) {
+        CUDA(cudaGetDevice(&device));
+        CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    }
+    return (size_t)count;
+}
 static bool is_hopper() {                      // or newer
     static int device, major;
     if (!major) {

@@ -256,10 +256,11 @@ sample_kernel(Step *step, int *ids, const float *logits, const double *uniforms,
 // recurrence, as a CUDA graph. The GPU runs ahead of what is printed, by UNDERWAY tokens.
 constexpr int UNDERWAY = 4, UNIFORMS = 256;
 
-template<typename floatX>
+template<class Model>
 struct Sampler {
+    typedef typename Model::floatX floatX;
     cpu::Model view;                       // one row of at most `most` tokens
-    Model<floatX> m;
+    Model m;
     size_t most;
     float *resid, *rings, *v, *ab;         // (M), (L,W,pitch), (E), (2F)
     float *logits, *host_logits;           // (V)
@@ -269,7 +270,7 @@ struct Sampler {
     cudaGraphExec_t graph;
     cudaEvent_t done[UNDERWAY];
 
-    Sampler(const Model<floatX> *trained, const cpu::Model *host, size_t most)
+    Sampler(const Model *trained, const cpu::Model *host, size_t most)
         : m(*trained), most(most), graph(NULL) {
         memset(&view, 0, sizeof view);
         view.d = host->d;

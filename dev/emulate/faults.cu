@@ -331,7 +331,6 @@ static cublasStatus_t product(cudaDataType in, cudaDataType out, int pitch, size
 static void odd_pitch() { see(product(CUDA_R_16BF, CUDA_R_32F, 9, 0, emu::WORKSPACE)); }
 static void odd_pointer() { see(product(CUDA_R_16BF, CUDA_R_32F, 8, 2, emu::WORKSPACE)); }
 static void odd_types() { see(product(CUDA_R_32F, CUDA_R_16BF, 8, 0, emu::WORKSPACE)); }
-static void sum_in_bf16() { see(product(CUDA_R_16BF, CUDA_R_16BF, 8, 0, emu::WORKSPACE, 1)); }
 static void no_workspace() { see(product(CUDA_R_16BF, CUDA_R_32F, 8, 0, 1000)); }
 
 static void nothing() {                             // the control: no build may report it
@@ -394,7 +393,6 @@ int main(int argc, char **argv) {
         {"pitch that is not a multiple", "cuBLAS with a pitch of 18 bytes", odd_pitch},
         {"pointer not aligned", "cuBLAS with a pointer at 2 bytes", odd_pointer},
         {"types other than", "cuBLAS with types that it has no kernel for", odd_types},
-        {"a sum in bf16", "cuBLAS adding to a bf16 matrix", sum_in_bf16},
         {"less workspace than", "cuBLAS with too little workspace", no_workspace},
     };
     int n = sizeof faults / sizeof *faults, i = argc > 1 ? atoi(argv[1]) : -1;

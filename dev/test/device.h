@@ -231,13 +231,13 @@ static void test_ssd_fast(void) {
 }
 
 // ---- the other ops ------------------------------------------------------------------------------
-template<typename floatX> static void test_norms(const Sizes &s) {
+template<typename floatX, typename residX = float> static void test_norms(const Sizes &s) {
     auto c = dims_of<cpu::Dims>(s);
     auto c64 = dims_of<cpu64::Dims>(s);
     Dims d(c);
     size_t n = d.n, M = d.M, E = d.E, Z = d.Z;
-    Tensor<float> resid(normals(n * M)), w(normals(M)), rstd(n), g_resid(normals(n * M));
-    Tensor<float> g_w(normals(M));
+    Tensor<residX> resid(normals(n * M)), g_resid(normals(n * M));
+    Tensor<float> w(normals(M)), rstd(n), g_w(normals(M));
     Tensor<floatX> u(n * M), g_u(normals(n * M)), copy(n * M);
     rmsnorm_forward(&d, u.x, rstd.x, resid.x, w.x);
     rmsnorm_backward(&d, g_resid.x, g_w.x, g_u.x, resid.x, rstd.x, w.x, copy.x, 1);
@@ -245,7 +245,7 @@ template<typename floatX> static void test_norms(const Sizes &s) {
     BOTH(rmsnorm_backward, g_resid, g_w, g_u, resid, rstd, w);
     check<floatX>("u", u);
     check<float>("rstd", rstd);
-    check<float>("g_resid", g_resid);
+    check<residX>("g_resid", g_resid);
     check<float>("g_w", g_w);
 
     Tensor<floatX> z(normals(n * Z), Z, d.pitch), y(normals(n * E)), o(n * E), g_o(normals(n * E));
@@ -264,6 +264,7 @@ template<typename floatX> static void test_norms(const Sizes &s) {
 static void test_all_norms(void) {
     test_norms<float>({2, 37, 20, 4, 6, 5, 2, 16, 4, 0, 16});
     test_norms<bf16>({2, 37, 72, 4, 16, 8, 2, 16, 4, 0, 16});
+    test_norms<bf16, bf16>({2, 37, 72, 4, 16, 8, 2, 16, 4, 0, 16});
     test_norms<bf16>({1, 5, 2304, 36, 64, 8, 1, 16, 4, 0, 16});     // two vectors a thread
     test_norms<float>({1, 3, 5200, 82, 64, 8, 1, 16, 4, 0, 16});    // four
 }
@@ -346,7 +347,7 @@ static void test_all_linear(void) {
 }
 
 // The two ends of the model, where ids are: some often, so that their gradients are in segments
-template<typename floatX> static void test_ends(const Sizes &s) {
+template<typename floatX, typename residX = float> static void test_ends(const Sizes &s) {
     auto c = dims_of<cpu::Dims>(s);
     auto c64 = dims_of<cpu64::Dims>(s);
     Dims d(c);
@@ -355,17 +356,18 @@ template<typename floatX> static void test_ends(const Sizes &s) {
     for (int &id : ids) id = uniform(0, 1) < 0.7 ? 3 : (int)uniform(0, (double)V);
     int *device_ids = Documents::put(ids);
     embed_plan(plan.data(), ids.data(), n, V);
-    Tensor<float> embedding(normals(V * M)), resid(n * M), g_embedding(normals(V * M));
-    Tensor<float> g_resid(normals(n * M));
+    Tensor<float> embedding(normals(V * M)), g_embedding(normals(V * M));
+    Tensor<residX> resid(n * M), g_resid(normals(n * M));
     embed_forward(&d, resid.x, device_ids, embedding.x);
     embed_backward(&d, g_embedding.x, g_resid.x, Documents::put(plan));
     BOTH(embed_forward, resid, ids.data(), embedding);
     BOTH(embed_backward, g_embedding, g_resid, ids.data());
-    check<float>("resid", resid);
+    check<residX>("resid", resid);
     check<float>("g_embedding", g_embedding);
 
-    Tensor<floatX> hidden(normals(n * M)), weight(normals(V * M)), g_hidden(n * M);
-    Tensor<floatX> logits(d.slab * V);
+    Values small = normals(V * M);                  // logits about 1: exp makes of their rounding
+    for (double &x : small) x /= sqrt((double)M);   // that much more
+    Tensor<floatX> hidden(normals(n * M)), weight(small), g_hidden(n * M), logits(d.slab * V);
     Tensor<float> losses(n), g_weight(normals(V * M));
     classifier(&d, losses.x, g_hidden.x, g_weight.x, logits.x, (float *)NULL, hidden.x, weight.x,
                device_ids, 1.0f / n, 1);
@@ -381,6 +383,7 @@ template<typename floatX> static void test_ends(const Sizes &s) {
 static void test_all_ends(void) {
     test_ends<float>({3, 67, 20, 1, 8, 8, 1, 16, 4, 0, 51});
     test_ends<bf16>({3, 67,  24, 1, 8, 8, 1, 16, 4, 0, 56});
+    test_ends<bf16, bf16>({3, 67, 24, 1, 8, 8, 1, 16, 4, 0, 56});
 }
 
 // ---- generation: v = y silu(z) by one step of the recurrence a token, and by the parallel form --

@@ -24,6 +24,8 @@ for more in "" "--packed --eot 10" "--ngroups 2 --d-conv 3 --tie 0" "--d-interme
     done
 done
 # shellcheck disable=SC2086
+try "compare bf16 residual" ./train_mamba2emu $tiny --residual-in-fp32 0 --compare
+# shellcheck disable=SC2086
 try "ten steps" ./train_mamba2emu $tiny $quiet --dtype f32 --steps 10 --warmup 2 --out "$out/emu"
 # shellcheck disable=SC2086
 try "ten steps on the CPU" ./train_mamba2 $tiny $quiet --steps 10 --warmup 2 --out "$out/cpu"
