@@ -171,7 +171,8 @@ static size_t next_word(Words *w) {
 static int eval_tasks(Run *run) {
     Bytes b = read_file(flags.eval);
     const int32_t *header = (const int32_t *)(const void *)b.data;
-    CHECK(b.size >= 1024 && header[1] == 1, "%s: no header of an evaluation file", flags.eval);
+    CHECK(b.size >= 1024 && header[1] == 1 && header[2] > 0,
+          "%s: no header of an evaluation file with examples", flags.eval);
     Words w = { flags.eval, (const uint16_t *)(const void *)(b.data + 1024), NULL };
     w.end = w.at + (b.size - 1024)/2;
     enum { LONGEST = 4096 };

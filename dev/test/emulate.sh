@@ -46,6 +46,17 @@ same() {                                 # same FLAGS: do both programs write th
 try "greedy text is the CPU's" same --temperature 0
 try "sampled text is the CPU's" same --temperature 0.9
 try "and so with --top-k" same --temperature 0.9 --top-k 5
+tasks() {                                # 24 examples of multiple choice, of random bytes
+    perl -e 'srand 1; sub bytes { map { int rand 256 } 1 .. $_[0] }
+        print pack "l256", 20240522, 1, 24;
+        for my $i (1 .. 24) {
+            my @words = map { my $n = 2 + int rand 5; $n, bytes($n) } 0 .. 4;   # context, choices
+            print pack "S*", 65535, 0, $i, $i % 4, 4, @words }' >"$out/tasks"
+    ./train_mamba2 --out "$out/emu" --eval "$out/tasks" >"$out/a"
+    ./train_mamba2emu --out "$out/emu" --dtype f32 --eval "$out/tasks" >"$out/b"
+    grep "24 examples, acc 0[.][1-9]" "$out/a" && cmp "$out/a" "$out/b"
+}
+try "tasks score as on the CPU" tasks
 graphs() {                               # graphs FLAGS: does a CUDA graph change a bit?
     for graph in 0 1; do
         rm -rf "$out/$graph"
