@@ -325,8 +325,10 @@ static real *place(real *block, void *tensors, const Spec *specs, size_t count) 
     return block;
 }
 
-static real *allocate_params(Params *params, const Spec *specs) {
-    return place(alloc_reals(total(specs, PARAM_COUNT)), params, specs, PARAM_COUNT);
+static real *allocate_params(Params *params, const Spec *specs, int cleared) {
+    size_t size = total(specs, PARAM_COUNT);
+    void *block = cleared ? alloc(size, sizeof(real)) : alloc_work(size, sizeof(real));
+    return place((real *)block, params, specs, PARAM_COUNT);
 }
 
 static real *allocate_acts(Acts *acts, const Spec *specs) {
@@ -1199,11 +1201,11 @@ static void model_allocate(Model *m, const Dims *d, int training) {
     param_specs(d, m->specs);
     act_specs(d, m->act_specs);
     m->size = total(m->specs, PARAM_COUNT);
-    m->weights = allocate_params(&m->w, m->specs);
-    if (training) {
-        m->grads = allocate_params(&m->g, m->specs);
-        m->mean = allocate_params(&m->m, m->specs);
-        m->square = allocate_params(&m->v, m->specs);
+    m->weights = allocate_params(&m->w, m->specs, 1);
+    if (training) {                     // a device's gradients come here only to be looked at
+        m->grads = allocate_params(&m->g, m->specs, !m->remote);
+        m->mean = allocate_params(&m->m, m->specs, 1);
+        m->square = allocate_params(&m->v, m->specs, 1);
     }
     for (size_t k = 0; k < ACT_COUNT && m->remote; k++) {    // the rest is on the device
         Spec *s = &m->act_specs[k];
