@@ -37,18 +37,21 @@ check two-runs-equal cmp "$out/a/last/model.safetensors" "$out/b/last/model.safe
 check graph-changes-no-bit cmp "$out/a/last/model.safetensors" "$out/c/last/model.safetensors"
 check resume-on-cpu ./train_mamba2 --out "$out/a" --resume --dtype f32 --steps 8 --sample-every 0
 check resume-on-gpu ./train_mamba2cu --out "$out/a" --resume --steps 11 --sample-every 0
-# speed MODEL ROWS TOKENS: the median of the last 8 of 12 steps; memory planned and seen
+# speed MODEL ROWS TOKENS STEPS [FLAG...]: the median of the second half of the steps, several seconds
+# in all, since a GPU is slower once it is at its limit of power; memory planned and seen
 speed() {
+    model=$1 rows=$2 tokens=$3 steps=$4; shift 4
     rm -rf "$out/s"
     (while sleep 0.3; do nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits; done) \
         >"$out/memory" & watcher=$!
-    timeout 170 ./train_mamba2cu --model "$1" --batch "$2" --seq-len "$3" --steps 12 --out "$out/s" \
-        --eval-every 0 --sample-every 0 --save-every 0 --plot 0 >"$out/speed.log" 2>&1
+    timeout 170 ./train_mamba2cu --model "$model" --batch "$rows" --seq-len "$tokens" --steps "$steps" \
+        "$@" --out "$out/s" --eval-every 0 --sample-every 0 --save-every 0 --plot 0 >"$out/speed.log" 2>&1
     kill $watcher
-    found=$(tail -n 8 "$out/s/log.jsonl" | sed 's/.*"tokens_per_s":\([^,]*\),"mfu":\([^,]*\),.*/\1 \2/' | sort -g | sed -n 5p)
+    found=$(tail -n $((steps/2)) "$out/s/log.jsonl" | sed 's/.*"tokens_per_s":\([^,]*\),"mfu":\([^,]*\),.*/\1 \2/' |
+        sort -g | sed -n $((steps/4 + 1))p)
     plan=$(sed -n 's/^memory *\([0-9.]*\) GiB.*/\1/p' "$out/speed.log")
-    row "$(echo "$found" $(sort -g "$out/memory" | tail -n 1) "$plan" | awk -v name="$1" -v at="$2 x $3" '{
-        printf "%-12s %12s %9.0f tokens/s  MFU %4.1f%%  %6.1f GiB, planned %s", name, at, $1, 100*$2, $3/1024, $4 }')"
+    row "$(echo "$found" $(sort -g "$out/memory" | tail -n 1) "$plan" | awk -v name="$model" -v at="$rows x $tokens $*" '{
+        printf "%-12s %-14s %9.0f tokens/s  MFU %4.1f%%  %6.1f GiB, planned %s", name, at, $1, 100*$2, $3/1024, $4 }')"
     rm -rf "$out/s"
 }
 decode() {                              # the last of three samples of 300 tokens, one row
@@ -57,10 +60,11 @@ decode() {                              # the last of three samples of 300 token
     row "$(printf '%-12s decode %22s' "$1" "$rate")"
     rm -rf "$out/s"
 }
-speed mamba2-130m 16 2048; speed mamba2-370m 16 2048; speed mamba2-780m 8 2048
-speed mamba2-1.3b 8 2048; speed mamba2-2.7b 8 2048
-for rows in 32 8 4 2 1; do speed mamba2-130m $rows $((32768/rows)); done
-speed mamba2-130m 1 131072
+speed mamba2-130m 16 2048 60; speed mamba2-130m 16 2048 60 --residual-in-fp32 0
+speed mamba2-370m 16 2048 30; speed mamba2-780m 8 2048 24; speed mamba2-1.3b 8 2048 16
+speed mamba2-1.3b 16 2048 12; speed mamba2-2.7b 8 2048 10
+for rows in 32 8 4 2 1; do speed mamba2-130m $rows $((32768/rows)) 40; done
+speed mamba2-130m 1 131072 12
 decode mamba2-130m; decode mamba2-2.7b
 ./train_mamba2cu --model mamba2-130m --batch 32 --seq-len 1024 --profile 6 --out "$out/p" --steps 20 \
     --eval-every 0 --sample-every 0 --save-every 0 --plot 0 >"$out/profile.log" 2>&1
