@@ -153,7 +153,7 @@ template<bool WIDE, typename residX>
 __global__ void __launch_bounds__(256)
 embed_segments_kernel(float *parts, const residX *g_resid, const int *plan, EmbedPlan p, size_t M) {
     size_t segment = blockIdx.x, c = (blockIdx.y * (size_t)256 + threadIdx.x) * 4;
-    if (segment >= plan[1] || c >= M) return;
+    if (segment >= (size_t)plan[1] || c >= M) return;
     store<WIDE>(parts + segment * M, c, M,
                 sum_rows<WIDE>(g_resid, c, M, p.start[segment], p.start[segment + 1],
                                [&](int i) { return (size_t)p.order[i]; }));
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(256)
 embed_backward_kernel(float *g_embedding, const float *parts, const int *plan, EmbedPlan p,
                       size_t M) {
     size_t which = blockIdx.x, c = (blockIdx.y * (size_t)256 + threadIdx.x) * 4;
-    if (which >= plan[0] || c >= M) return;
+    if (which >= (size_t)plan[0] || c >= M) return;
     float *row = g_embedding + p.id[which] * M;
     VecOf<4> g = load<WIDE, 4>(row, c, M),
              sum = sum_rows<WIDE>(parts, c, M, p.first[which], p.first[which + 1],
@@ -403,7 +403,7 @@ conv1d_forward_kernel(floatX *xBC, const floatX *zxBCdt, const float *w, const f
     int c = (blockIdx.y * 32 + threadIdx.x % 32) * Conv::CHANNELS;
     int t0 = (blockIdx.x * 8 + threadIdx.x / 32) * steps, last = min(t0 + steps, (int)d.T);
     size_t r = blockIdx.z;
-    if (c >= d.S || t0 >= d.T) return;
+    if (c >= (int)d.S || t0 >= (int)d.T) return;
     Conv conv(d, r, c, zxBCdt, w, b, past, doc);
     typename Conv::Pack ahead[AT_ONCE];
     const floatX *from = conv.rows + t0 * d.pitch;
@@ -679,7 +679,7 @@ static void dt_backward(const Dims *d, floatX *g_zxBCdt, float *g_dt_bias, const
 template<typename floatX>
 struct Chunk {
     size_t token, number, group;                   // first step; among (R, chunks); of B and C
-    int rows;                                      // steps, fewer than Q at the end
+    size_t rows;                                   // steps, fewer than Q at the end
     const floatX *x, *B, *C;                       // of the first step; the next is S elements on
     const float *cs, *dt;                          // (Q)
     const int *doc;
@@ -690,7 +690,7 @@ struct Chunk {
         token = r * d.T + c * d.Q;
         number = r * d.chunks + c;
         group = h / (d.H / d.G);
-        rows = (int)min(d.Q, d.T - c * d.Q);
+        rows = min(d.Q, d.T - c * d.Q);
         x = xBC + token * d.S + h * d.P;
         B = xBC + token * d.S + d.E + group * d.N;
         C = B + d.G * d.N;
@@ -700,17 +700,17 @@ struct Chunk {
         doc_before = doc && c > 0 ? doc[-1] : 0;
         doc_last = doc ? doc[rows - 1] : 0;
     }
-    __device__ int doc_at(int l) const { return doc ? doc[l] : 0; }
-    __device__ float from_start(int l) const {
+    __device__ int doc_at(size_t l) const { return doc ? doc[l] : 0; }
+    __device__ float from_start(size_t l) const {
         return l < rows && doc_at(l) == doc_before ? exp2f(min(cs[l], 0.0f)) : 0.0f;
     }
-    __device__ float to_end(int s) const {
+    __device__ float to_end(size_t s) const {
         return s < rows && doc_at(s) == doc_last ? exp2f(min(cs[rows - 1] - cs[s], 0.0f)) : 0.0f;
     }
     __device__ float through() const {
         return doc_last == doc_before ? exp2f(min(cs[rows - 1], 0.0f)) : 0.0f;
     }
-    __device__ float L(int l, int s) const {
+    __device__ float L(size_t l, size_t s) const {
         bool sees = s <= l && l < rows && doc_at(l) == doc_at(s);
         return sees ? exp2f(min(cs[l] - cs[s], 0.0f)) : 0.0f;
     }
@@ -741,17 +741,19 @@ template<typename floatX>
 __global__ void __launch_bounds__(128, 3)
 ssd_CB_kernel(float *CB, const floatX *xBC, const float *cs, const float *dts, Dims d) {
     __shared__ Tiles<floatX> tiles;
-    int side = pieces(d.Q, TILE), l0 = blockIdx.x / side % side * TILE,
+    size_t side = pieces(d.Q, TILE), l0 = blockIdx.x / side % side * TILE,
         s0 = blockIdx.x % side * TILE;
     size_t c = blockIdx.x / (side * side), g = blockIdx.y;
     if (s0 > l0) return;
     Chunk<floatX> k(d, c, g * (d.H / d.G), blockIdx.z, xBC, cs, dts, NULL);
     float acc[8][4] = {};
     multiply<ALONG_K, ALONG_K>(acc, tiles, 0, d.N,
-        [&](int l, int n) { return l0 + l < k.rows ? (float)k.C[(l0 + l) * d.S + n] : 0.0f; },
-        [&](int n, int s) { return s0 + s < k.rows ? (float)k.B[(s0 + s) * d.S + n] : 0.0f; });
+        [&](size_t l, size_t n) { return l0 + l < k.rows ? (float)k.C[(l0 + l) * d.S + n] : 0.0f; },
+        [&](size_t n, size_t s) {
+            return s0 + s < k.rows ? (float)k.B[(s0 + s) * d.S + n] : 0.0f;
+        });
     CB += (k.number * d.G + g) * d.Q * d.Q;
-    each(acc, [&](float v, int l, int s) {
+    each(acc, [&](float v, size_t l, size_t s) {
         if (l0 + l < d.Q && s0 + s < d.Q) CB[(l0 + l) * d.Q + s0 + s] = v;
     });
 }
@@ -763,33 +765,37 @@ __global__ void __launch_bounds__(128, 3)
 ssd_states_kernel(floatX *states, float *final, const floatX *xBC, const float *cs,
                   const float *dts, const float *initial, const int *doc, Dims d) {
     __shared__ Tiles<floatX> tiles;
-    int across = pieces(d.P, TILE), n0 = blockIdx.x / across * TILE,
+    size_t across = pieces(d.P, TILE), n0 = blockIdx.x / across * TILE,
         p0 = blockIdx.x % across * TILE;
     size_t h = blockIdx.y, r = blockIdx.z;
     size_t head = (r * d.H + h) * d.N * d.P;               // in initial and final
-    auto inside = [&](int n, int p) { return n0 + n < d.N && p0 + p < d.P; };
-    auto at = [&](int n, int p) { return (n0 + n) * d.P + p0 + p; };
+    auto inside = [&](size_t n, size_t p) { return n0 + n < d.N && p0 + p < d.P; };
+    auto at = [&](size_t n, size_t p) { return (n0 + n) * d.P + p0 + p; };
     float acc[8][4] = {};
     if (initial) {
         each(acc,
-             [&](float &v, int n, int p) { v = inside(n, p) ? initial[head + at(n, p)] : 0.0f; });
+             [&](float &v, size_t n, size_t p) {
+                 v = inside(n, p) ? initial[head + at(n, p)] : 0.0f;
+             });
     }
     for (size_t c = 0; c < d.chunks; c++) {
         Chunk<floatX> k(d, c, h, r, xBC, cs, dts, doc);
         floatX *S = states + (k.number * d.H + h) * d.N * d.P;
         float through = k.through();
-        each(acc, [&](float &v, int n, int p) {
+        each(acc, [&](float &v, size_t n, size_t p) {
             if (inside(n, p)) S[at(n, p)] = (floatX)v;
             v *= through;
         });
         multiply<ACROSS_K, ACROSS_K>(acc, tiles, 0, k.rows,
-            [&](int n, int s) {
+            [&](size_t n, size_t s) {
                 return n0 + n < d.N ? (float)k.B[s * d.S + n0 + n] * k.dt[s] * k.to_end(s) : 0.0f;
             },
-            [&](int s, int p) { return p0 + p < d.P ? (float)k.x[s * d.S + p0 + p] : 0.0f; });
+            [&](size_t s, size_t p) { return p0 + p < d.P ? (float)k.x[s * d.S + p0 + p] : 0.0f; });
     }
     if (final) {
-        each(acc, [&](float v, int n, int p) { if (inside(n, p)) final[head + at(n, p)] = v; });
+        each(acc, [&](float v, size_t n, size_t p) {
+            if (inside(n, p)) final[head + at(n, p)] = v;
+        });
     }
 }
 
@@ -799,8 +805,8 @@ __global__ void __launch_bounds__(128, 3)
 ssd_scan_kernel(floatX *y, const floatX *states, const floatX *xBC, const float *CB,
                 const float *cs, const float *dts, const float *D, const int *doc, Dims d) {
     __shared__ Tiles<floatX> tiles;
-    int side = pieces(d.Q, TILE), across = pieces(d.P, TILE);
-    int l0 = blockIdx.x / across % side * TILE, p0 = blockIdx.x % across * TILE;
+    size_t side = pieces(d.Q, TILE), across = pieces(d.P, TILE);
+    size_t l0 = blockIdx.x / across % side * TILE, p0 = blockIdx.x % across * TILE;
     size_t c = blockIdx.x / (side * across), h = blockIdx.y;
     Chunk<floatX> k(d, c, h, blockIdx.z, xBC, cs, dts, doc);
     if (l0 >= k.rows) return;
@@ -808,15 +814,15 @@ ssd_scan_kernel(floatX *y, const floatX *states, const floatX *xBC, const float 
     CB += (k.number * d.G + k.group) * d.Q * d.Q;
     float acc[8][4] = {}, skip = D[h];
     multiply<ALONG_K, ACROSS_K>(acc, tiles, 0, d.N,
-        [&](int l, int n) { return l0 + l < k.rows ? (float)k.C[(l0 + l) * d.S + n] : 0.0f; },
-        [&](int n, int p) { return p0 + p < d.P ? (float)S[n * d.P + p0 + p] : 0.0f; });
+        [&](size_t l, size_t n) { return l0 + l < k.rows ? (float)k.C[(l0 + l) * d.S + n] : 0.0f; },
+        [&](size_t n, size_t p) { return p0 + p < d.P ? (float)S[n * d.P + p0 + p] : 0.0f; });
     scale_rows(acc, k.from_start(l0 + acc_row(0)), k.from_start(l0 + acc_row(2)));
     multiply<ALONG_K, ACROSS_K>(acc, tiles, 0, min(l0 + TILE, k.rows),
-        [&](int l, int s) {
+        [&](size_t l, size_t s) {
             return l0 + l < k.rows ? CB[(l0 + l) * d.Q + s] * k.L(l0 + l, s) * k.dt[s] : 0.0f;
         },
-        [&](int s, int p) { return p0 + p < d.P ? (float)k.x[s * d.S + p0 + p] : 0.0f; });
-    each(acc, [&](float v, int l, int p) {
+        [&](size_t s, size_t p) { return p0 + p < d.P ? (float)k.x[s * d.S + p0 + p] : 0.0f; });
+    each(acc, [&](float v, size_t l, size_t p) {
         if (l0 + l >= k.rows || p0 + p >= d.P) return;
         float x = (float)k.x[(l0 + l) * d.S + p0 + p];
         y[(k.token + l0 + l) * d.E + h * d.P + p0 + p] = (floatX)(v + skip * x);
@@ -832,23 +838,25 @@ ssd_g_states_kernel(floatX *g_states, float *kappa, float *g_initial, const floa
                     const float *dts, const int *doc, Dims d) {
     __shared__ Tiles<floatX> tiles;
     __shared__ float part[4];
-    int across = pieces(d.P, TILE), n0 = blockIdx.x / across * TILE,
+    size_t across = pieces(d.P, TILE), n0 = blockIdx.x / across * TILE,
         p0 = blockIdx.x % across * TILE;
     size_t h = blockIdx.y, r = blockIdx.z;
     size_t head = (r * d.H + h) * d.N * d.P;               // in g_initial and g_final
-    auto inside = [&](int n, int p) { return n0 + n < d.N && p0 + p < d.P; };
-    auto at = [&](int n, int p) { return (n0 + n) * d.P + p0 + p; };
+    auto inside = [&](size_t n, size_t p) { return n0 + n < d.N && p0 + p < d.P; };
+    auto at = [&](size_t n, size_t p) { return (n0 + n) * d.P + p0 + p; };
     float acc[8][4] = {};
     if (g_final) {
         each(acc,
-             [&](float &v, int n, int p) { v = inside(n, p) ? g_final[head + at(n, p)] : 0.0f; });
+             [&](float &v, size_t n, size_t p) {
+                 v = inside(n, p) ? g_final[head + at(n, p)] : 0.0f;
+             });
     }
     for (size_t c = d.chunks; c-- > 0;) {
         Chunk<floatX> k(d, c, h, r, xBC, cs, dts, doc);
         size_t state = (k.number * d.H + h) * d.N * d.P;
         const floatX *gy = g_y + k.token * d.E + h * d.P;
         float through = k.through(), sum = 0.0f;
-        each(acc, [&](float &v, int n, int p) {
+        each(acc, [&](float &v, size_t n, size_t p) {
             if (inside(n, p)) {
                 sum += (float)states[state + at(n, p)] * v;
                 g_states[state + at(n, p)] = (floatX)v;
@@ -858,10 +866,10 @@ ssd_g_states_kernel(floatX *g_states, float *kappa, float *g_initial, const floa
         sum = warp_sum(sum);
         if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = sum;
         multiply<ACROSS_K, ACROSS_K>(acc, tiles, 0, k.rows,
-            [&](int n, int l) {
+            [&](size_t n, size_t l) {
                 return n0 + n < d.N ? (float)k.C[l * d.S + n0 + n] * k.from_start(l) : 0.0f;
             },
-            [&](int l, int p) { return p0 + p < d.P ? (float)gy[l * d.E + p0 + p] : 0.0f; });
+            [&](size_t l, size_t p) { return p0 + p < d.P ? (float)gy[l * d.E + p0 + p] : 0.0f; });
         if (threadIdx.x == 0) {                            // multiply began with a barrier
             kappa[(k.number * d.H + h) * gridDim.x + blockIdx.x] =
                 through * (part[0] + part[1] + part[2] + part[3]);
@@ -869,7 +877,9 @@ ssd_g_states_kernel(floatX *g_states, float *kappa, float *g_initial, const floa
         __syncthreads();
     }
     if (g_initial) {
-        each(acc, [&](float v, int n, int p) { if (inside(n, p)) g_initial[head + at(n, p)] = v; });
+        each(acc, [&](float v, size_t n, size_t p) {
+            if (inside(n, p)) g_initial[head + at(n, p)] = v;
+        });
     }
 }
 
@@ -882,7 +892,7 @@ ssd_g_x_kernel(floatX *g_xBC, float *g_dts, float *rho, float *g_D_part, const f
                const float *dts, const float *D, const int *doc, Dims d) {
     __shared__ Tiles<floatX> tiles;
     __shared__ float part[4];
-    int side = pieces(d.Q, TILE), s0 = blockIdx.x % side * TILE;
+    size_t side = pieces(d.Q, TILE), s0 = blockIdx.x % side * TILE;
     size_t h = blockIdx.y;
     Chunk<floatX> k(d, blockIdx.x / side, h, blockIdx.z, xBC, cs, dts, doc);
     const floatX *gS = g_states + (k.number * d.H + h) * d.N * d.P;
@@ -894,35 +904,39 @@ ssd_g_x_kernel(floatX *g_xBC, float *g_dts, float *rho, float *g_D_part, const f
         size_t s = s0 + i / d.P, p = i % d.P;
         if (s < k.rows) yx += (float)k.x[s * d.S + p] * (float)gy[s * d.E + p];
     }
-    for (int p0 = 0; p0 < d.P; p0 += TILE) {
+    for (size_t p0 = 0; p0 < d.P; p0 += TILE) {
         float acc[8][4] = {}, sum[2];
-        auto inside = [&](int s, int p) { return s0 + s < k.rows && p0 + p < d.P; };
-        auto x = [&](int s, int p) { return (float)k.x[(s0 + s) * d.S + p0 + p]; };
-        auto y = [&](int l, int p) { return (float)gy[l * d.E + p0 + p]; };
+        auto inside = [&](size_t s, size_t p) { return s0 + s < k.rows && p0 + p < d.P; };
+        auto x = [&](size_t s, size_t p) { return (float)k.x[(s0 + s) * d.S + p0 + p]; };
+        auto y = [&](size_t l, size_t p) { return (float)gy[l * d.E + p0 + p]; };
         multiply<ALONG_K, ACROSS_K>(acc, tiles, 0, d.N,
-            [&](int s, int n) { return s0 + s < k.rows ? (float)k.B[(s0 + s) * d.S + n] : 0.0f; },
-            [&](int n, int p) { return p0 + p < d.P ? (float)gS[n * d.P + p0 + p] : 0.0f; });
+            [&](size_t s, size_t n) {
+                return s0 + s < k.rows ? (float)k.B[(s0 + s) * d.S + n] : 0.0f;
+            },
+            [&](size_t n, size_t p) { return p0 + p < d.P ? (float)gS[n * d.P + p0 + p] : 0.0f; });
         scale_rows(acc, k.to_end(s0 + acc_row(0)), k.to_end(s0 + acc_row(2)));
-        auto times_x = [&](float v, int s, int p) { return inside(s, p) ? v * x(s, p) : 0.0f; };
+        auto times_x = [&](float v, size_t s, size_t p) {
+            return inside(s, p) ? v * x(s, p) : 0.0f;
+        };
         row_sums(sum, acc, times_x);
         Rx_state[0] += sum[0];
         Rx_state[1] += sum[1];
         multiply<ACROSS_K, ACROSS_K>(acc, tiles, s0, k.rows,
-            [&](int s, int l) {
+            [&](size_t s, size_t l) {
                 return s0 + s < k.rows ? CB[l * d.Q + s0 + s] * k.L(l, s0 + s) : 0.0f;
             },
-            [&](int l, int p) { return p0 + p < d.P ? y(l, p) : 0.0f; });
+            [&](size_t l, size_t p) { return p0 + p < d.P ? y(l, p) : 0.0f; });
         row_sums(sum, acc, times_x);
         Rx[0] += sum[0];
         Rx[1] += sum[1];
-        each(acc, [&](float v, int s, int p) {
+        each(acc, [&](float v, size_t s, size_t p) {
             if (!inside(s, p)) return;
             gx[(s0 + s) * d.S + p0 + p] = (floatX)(k.dt[s0 + s] * v + skip * y(s0 + s, p));
         });
     }
     bool first = threadIdx.x % 4 == 0;                     // of the lanes that share a row
     UNROLL for (int i = 0; i < 2; i++) {
-        int s = s0 + acc_row(2 * i);
+        size_t s = s0 + acc_row(2 * i);
         if (!first || s >= d.Q) continue;
         g_dts[k.dt - dts + s] = Rx[i];
         rho[k.dt - dts + s] = k.dt[s] * Rx_state[i];
@@ -945,13 +959,13 @@ ssd_g_CB_kernel(float *g_CB, float *crossing, float *rowsum, const floatX *g_y, 
                 const float *CB, const float *cs, const float *dts, const int *doc, Dims d) {
     __shared__ Tiles<floatX> tiles;
     __shared__ float G[TILE][TILE + 1];
-    int side = pieces(d.Q, TILE), l0 = blockIdx.x % side * TILE, me = threadIdx.x;
+    size_t side = pieces(d.Q, TILE), l0 = blockIdx.x % side * TILE, me = threadIdx.x;
     size_t c = blockIdx.x / side, g = blockIdx.y, r = blockIdx.z, heads = d.H / d.G;
     size_t square = ((r * d.chunks + c) * d.G + g) * d.Q * d.Q;
     CB += square;
     g_CB += square;
     crossing += l0 / TILE * d.R * d.H * d.chunks * d.Q;
-    for (int s0 = 0; s0 <= l0; s0 += TILE) {
+    for (size_t s0 = 0; s0 <= l0; s0 += TILE) {
         float total[8][4] = {};
         for (size_t h = g * heads; h < (g + 1) * heads; h++) {
             Chunk<floatX> k(d, c, h, r, xBC, cs, dts, doc);
@@ -960,13 +974,13 @@ ssd_g_CB_kernel(float *g_CB, float *crossing, float *rowsum, const floatX *g_y, 
             float acc[8][4] = {};
             multiply<ALONG_K, ALONG_K>(
                 acc, tiles, 0, d.P,
-                [&](int l, int p) {
+                [&](size_t l, size_t p) {
                     return l0 + l < k.rows ? (float)gy[(l0 + l) * d.E + p] : 0.0f;
                 },
-                [&](int p, int s) {
+                [&](size_t p, size_t s) {
                     return s0 + s < k.rows ? (float)k.x[(s0 + s) * d.S + p] : 0.0f;
                 });
-            each(acc, [&](float &v, int l, int s) {
+            each(acc, [&](float &v, size_t l, size_t s) {
                 float L = k.L(l0 + l, s0 + s);
                 v *= L != 0.0f ? L * k.dt[s0 + s] : 0.0f;
                 G[l][s] = L != 0.0f ? v * CB[(l0 + l) * d.Q + s0 + s] : 0.0f;
@@ -989,14 +1003,14 @@ ssd_g_CB_kernel(float *g_CB, float *crossing, float *rowsum, const floatX *g_y, 
             __syncthreads();
             if (me < TILE && s0 + me < d.Q) {              // each column t: over the rows from t on
                 float sum = 0.0f;
-                for (int l = max(0, s0 + me - l0); l < TILE && l0 + l < k.rows; l++) {
+                for (size_t l = s0 + me > l0 ? s0 + me - l0 : 0; l < TILE && l0 + l < k.rows; l++) {
                     sum += G[l][me];
                 }
                 crossing[step + s0 + me] = sum;
             }
             __syncthreads();
         }
-        each(total, [&](float v, int l, int s) {
+        each(total, [&](float v, size_t l, size_t s) {
             if (l0 + l < d.Q && s0 + s < d.Q) g_CB[(l0 + l) * d.Q + s0 + s] = v;
         });
     }
@@ -1010,19 +1024,19 @@ ssd_g_BC_kernel(floatX *g_xBC, float *pi, const float *g_CB, const floatX *state
                 const floatX *g_y, const floatX *xBC, const float *cs, const float *dts,
                 const int *doc, Dims d) {
     __shared__ Tiles<floatX> tiles;
-    int side = pieces(d.Q, TILE), l0 = blockIdx.x % side * TILE;
+    size_t side = pieces(d.Q, TILE), l0 = blockIdx.x % side * TILE;
     size_t c = blockIdx.x / side, g = blockIdx.y, r = blockIdx.z, heads = d.H / d.G;
     g_CB += ((r * d.chunks + c) * d.G + g) * d.Q * d.Q;
-    for (int n0 = 0; n0 < d.N; n0 += TILE) {
+    for (size_t n0 = 0; n0 < d.N; n0 += TILE) {
         Chunk<floatX> k(d, c, g * heads, r, xBC, cs, dts, doc);
         float total[8][4] = {};
         multiply<OF_C ? ALONG_K : ACROSS_K, ACROSS_K>(
             total, tiles, OF_C ? 0 : l0, OF_C ? min(l0 + TILE, k.rows) : k.rows,
-            [&](int l, int s) {
+            [&](size_t l, size_t s) {
                 size_t row = OF_C ? l0 + l : s, column = OF_C ? s : l0 + l;
                 return l0 + l < k.rows && column <= row ? g_CB[row * d.Q + column] : 0.0f;
             },
-            [&](int s, int n) {
+            [&](size_t s, size_t n) {
                 return n0 + n < d.N ? (float)(OF_C ? k.B : k.C)[s * d.S + n0 + n] : 0.0f;
             });
         for (size_t h = g * heads; h < (g + 1) * heads; h++) {
@@ -1033,11 +1047,13 @@ ssd_g_BC_kernel(floatX *g_xBC, float *pi, const float *g_CB, const floatX *state
             float acc[8][4] = {}, sum[2];
             multiply<ALONG_K, ALONG_K>(
                 acc, tiles, 0, d.P,
-                [&](int l, int p) {
+                [&](size_t l, size_t p) {
                     return l0 + l < k.rows ? (float)in[(l0 + l) * pitch + p] : 0.0f;
                 },
-                [&](int p, int n) { return n0 + n < d.N ? (float)S[(n0 + n) * d.P + p] : 0.0f; });
-            auto decay = [&](int l) {
+                [&](size_t p, size_t n) {
+                    return n0 + n < d.N ? (float)S[(n0 + n) * d.P + p] : 0.0f;
+                });
+            auto decay = [&](size_t l) {
                 return OF_C ? k.from_start(l) : l < k.rows ? k.dt[l] * k.to_end(l) : 0.0f;
             };
             scale_rows(acc, decay(l0 + acc_row(0)), decay(l0 + acc_row(2)));
@@ -1047,18 +1063,18 @@ ssd_g_BC_kernel(floatX *g_xBC, float *pi, const float *g_CB, const floatX *state
                 }
             }
             if (!OF_C) continue;
-            row_sums(sum, acc, [&](float v, int l, int n) {
+            row_sums(sum, acc, [&](float v, size_t l, size_t n) {
                 return l0 + l < k.rows && n0 + n < d.N ? v * (float)k.C[(l0 + l) * d.S + n0 + n]
                                                        : 0.0f;
             });
             UNROLL for (int i = 0; i < 2; i++) {
-                int l = l0 + acc_row(2 * i);
+                size_t l = l0 + acc_row(2 * i);
                 float *to = pi + (k.dt - dts) + l;
                 if (threadIdx.x % 4 == 0 && l < d.Q) *to = (n0 ? *to : 0.0f) + sum[i];
             }
         }
         floatX *out = g_xBC + k.token * d.S + d.E + (OF_C ? d.G : 0) * d.N + g * d.N;
-        each(total, [&](float v, int l, int n) {
+        each(total, [&](float v, size_t l, size_t n) {
             if (l0 + l < k.rows && n0 + n < d.N) out[(l0 + l) * d.S + n0 + n] = (floatX)v;
         });
     }
