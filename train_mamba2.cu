@@ -322,7 +322,7 @@ static void linear_backward(floatX *g_in, float *g_weight, const floatX *g_out, 
 //           g_w_k += sum over t of g_pre_t in_{t-(W-1)+k};  g_b += sum of g_pre
 // A thread walks `steps` steps of CHANNELS channels with the last TAPS inputs in registers, and the
 // next AT_ONCE steps on their way. TAPS is W, or more: missing taps are the oldest, weight 0.
-constexpr int AT_ONCE = 4;
+constexpr int AT_ONCE = 4, MOST_TAPS = 8;
 
 template<int TAPS, bool WIDE, bool PACKED, typename floatX>
 struct Conv {
@@ -432,7 +432,6 @@ template<class F>
 static void by_taps(const Dims *d, const int *doc, F f) {
     typedef std::integral_constant<int, 4> Four;
     typedef std::integral_constant<int, 8> Eight;
-    CHECK(d->W >= 1 && d->W <= 8, "d_conv is %zu; the GPU takes 1 to 8", d->W);
     auto with = [&](auto TAPS, auto WIDE) {
         doc ? f(TAPS, WIDE, std::true_type()) : f(TAPS, WIDE, std::false_type());
     };
@@ -1824,10 +1823,18 @@ static size_t branch_bytes(const auto *m) {                // of g_branch, where
     return same ? 0 : m->d.n * m->d.M * sizeof(*m->g_branch);
 }
 
+static void check_limits(const cpu::Dims *d) {             // of the kernels
+    size_t columns = max(d->M, d->E / d->G);
+    CHECK(d->W <= MOST_TAPS, "--d-conv %zu: the GPU takes up to %d", d->W, MOST_TAPS);
+    CHECK(columns <= MOST_COLUMNS, "norms of %zu columns: the GPU takes up to %d; more --ngroups "
+          "divide d_inner", columns, MOST_COLUMNS);
+}
+
 // What training takes of the device, by the sizes of open_acts and Device::open
 template<class Model>
 static cpu::Memory device_memory(const cpu::Dims *host) {
     Model m;
+    check_limits(host);
     constexpr bool is_float = sizeof(*m.copies) == sizeof(float);
     m.d = Dims(*host);
     device_specs(&m, *host);
@@ -2209,6 +2216,7 @@ struct Device {
 
     static void open(cpu::Model *host) {
         auto *m = &model;
+        check_limits(&host->d);
         memcpy(m->specs, host->specs, sizeof m->specs);
         open_acts(m, host);
         if (host->grads && !is_float && !ssd_is_fast(&m->d)) {
@@ -2332,6 +2340,7 @@ static void gpu_start() {
     if (!cpu::given[cpu::FLAG_dtype]) cpu::flags.dtype = "bf16";
     CHECK(strcmp(cpu::flags.dtype, "f32") || cpu::flags.residual_in_fp32,
           "--residual-in-fp32 0 is for --dtype bf16");
+    CHECK(!cpu::flags.profile || cpu::flags.steps >= 4, "--profile takes at least 4 --steps");
     if (!cpu::flags.chunk_size) cpu::flags.chunk_size = 128;
     int count = 0, device = (int)cpu::flags.device, driver = 0, runtime = 0;
     CUDA(cudaDriverGetVersion(&driver));                   // 0: there is none

@@ -77,22 +77,22 @@ static double gpu_seconds(F f) {
 struct Ceilings {
     double bytes, flops;
 };
+#ifdef __CUDACC__
+constexpr size_t SIDE = 8192;
+#else
+constexpr size_t SIDE = 64;                // emulated
+#endif
 template<typename floatX>
 static Ceilings measure_ceilings() {
-#ifdef __CUDACC__
-    constexpr size_t side = 8192;
-#else
-    constexpr size_t side = 64;            // emulated
-#endif
-    size_t count = side * side, bytes = count * sizeof(floatX);
+    size_t count = SIDE * SIDE, bytes = count * sizeof(floatX);
     floatX *a = device_alloc<floatX>(count), *out = device_alloc<floatX>(count);
     CUDA(cudaMemsetAsync(a, 0x3c, bytes, stream));         // small numbers
     double copy = gpu_seconds(
         [&] { CUDA(cudaMemcpyAsync(out, a, bytes, cudaMemcpyDeviceToDevice, stream)); });
-    double product = gpu_seconds([&] { linear_forward(out, a, a, side, side, side, 0); });
+    double product = gpu_seconds([&] { linear_forward(out, a, a, SIDE, SIDE, SIDE, 0); });
     CUDA(cudaFree(a));
     CUDA(cudaFree(out));
-    return Ceilings{2 * (double)bytes / copy, 2 * (double)count * side / product};
+    return Ceilings{2 * (double)bytes / copy, 2 * (double)count * SIDE / product};
 }
 
 // The parts of the profiled steps in the order in which they first came
@@ -142,7 +142,6 @@ static int gpu_profile(cpu::Int steps) {
     static Ceilings most;
     const cpu::Flags &f = cpu::flags;
     cpu::Int N = min(f.profile, (f.steps - 2) / 2);
-    CHECK(N > 0, "--profile takes at least 4 --steps");
     double time = (cpu::now() - start) / (double)N;
     if (steps == 2) {
         most = in_bf16() ? measure_ceilings<bf16>() : measure_ceilings<float>();
@@ -159,8 +158,8 @@ static int gpu_profile(cpu::Int steps) {
     Dims d(*opened);
     double params = (double)cpu::total(specs, cpu::PARAM_COUNT);
     CUDA(cudaStreamSynchronize(stream));
-    printf("ceilings: a copy %.0f GB/s, a product of 8192 x 8192 x 8192 %.1f TFLOP/s\n",
-           1e-9 * most.bytes, 1e-12 * most.flops);
+    printf("ceilings: a copy %.0f GB/s, a product of %zu x %zu x %zu %.1f TFLOP/s\n",
+           1e-9 * most.bytes, SIDE, SIDE, SIDE, 1e-12 * most.flops);
     print_parts(step_costs(&d, params, opened->kept < opened->L), most, (double)N, plain, time);
     return 1;
 }

@@ -130,12 +130,11 @@ __device__ inline float block_max(float v, float part[32]) {
 }
 
 // Calls f(K, WIDE, threads): 1, 2 or 4 vectors a thread.
+constexpr int MOST_COLUMNS = 4 * 256 * 8;
 template<class F>
 static void by_columns(size_t columns, bool wide, F f) {
     unsigned vectors = pieces(columns, 8), K = vectors <= 256 ? 1 : vectors <= 640 ? 2 : 4;
     unsigned threads = (unsigned)round_up(pieces(vectors, K), 32);
-    CHECK(vectors <= 1024, "rows of %zu columns are too long for the GPU, which takes up to 8192",
-          columns);
     auto with = [&](auto K) {
         wide ? f(K, std::true_type(), threads) : f(K, std::false_type(), threads);
     };
