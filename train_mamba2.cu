@@ -1940,6 +1940,8 @@ static void zero_grads(const auto *m) {
     }
 }
 
+// What one stretch of a row leaves to the next: W-1 inputs of the convolution and a state for each
+// head, of each layer. A row cut over several GPUs would hand them on likewise.
 static void swap_states(auto *m) {
     std::swap(m->a.past, m->a.past_new);
     std::swap(m->a.carried, m->a.carried_new);
@@ -2275,7 +2277,8 @@ struct Device {
 
     static double loss(cpu::Model *, int backward) { return model_loss(&model, backward); }
 
-    // The sum of squares in two stages: NORM_PARTS blocks, then the host, in double.
+    // The sum of squares in two stages: NORM_PARTS blocks, then the host, in double. Here a step's
+    // gradients are complete, in one block: several GPUs would first add up theirs.
     static double norm(cpu::Model *host) {
         static float sums[NORM_PARTS];
         part("adamw");
