@@ -80,62 +80,57 @@ test_mamba2cu: test_mamba2.c $(CUDA_H)
 	$(NVCC) $(NVFLAGS) -x cu $< -o $@ -lcublasLt -lcublas $(LIBS)
 
 # ---- CUDA on a CPU: a CUDA source, through dev/emulate, becomes a program of the host -------------
-# EMU: optimisation and debugging;  SAN: sanitizers (without OpenMP under thread)
-EMU      ?= -O1 -g
+# EMU: optimisation and debugging;  SAN: sanitizers (OpenMP not under thread, which cannot see it)
+EMU      ?= -O1 -g1
 SAN      ?=
 EMULATE  := dev/emulate
+EMU_TESTS := build/emu
 EMU_H    := $(wildcard $(EMULATE)/*.h $(EMULATE)/include/*.h dev/cuda/ptx.cuh) $(EMULATE)/launch.pl
-EMU_OMP  := $(if $(findstring thread,$(SAN)),,-fopenmp)
 EMUCXX    = $(CXX) -std=c++20 -x c++ -iquote . -I $(EMULATE) -I $(EMULATE)/include \
             -include $(EMULATE)/runtime.h -Wall -Wextra -Wno-unknown-pragmas -Wno-sign-compare \
-            -Wno-unused-function $(EMU) $(SAN)
-emulated  = perl $(EMULATE)/launch.pl $< | $(EMUCXX) $1 - -o $@ $(LIBS)
+            -Wno-unused-function $(EMU) $(SAN) -march=$(MARCH) -ffp-contract=fast \
+            $(if $(findstring thread,$(SAN)),,-fopenmp)
+define emulated
+@mkdir -p $(@D)
+perl $(EMULATE)/launch.pl $< | $(EMUCXX) - -o $@ $(LIBS)
+endef
+builds    = $(addprefix $(EMU_TESTS)/,$1 $1-asan $1-tsan)
 
-EMU_FLOAT = $(EMU_OMP) -march=$(MARCH) -ffp-contract=fast
+$(EMU_TESTS)/%-asan: SAN = -fsanitize=address,undefined
+$(EMU_TESTS)/%-tsan: SAN = -fsanitize=thread
 
 train_mamba2emu: train_mamba2.cu $(CUDA_H) $(EMU_H)
-	$(call emulated,$(EMU_FLOAT))
+	$(emulated)
+$(call builds,test_mamba2): test_mamba2.c $(CUDA_H) $(EMU_H)
+	$(emulated)
+selftestemu $(call builds,selftest): $(EMULATE)/selftest.cu $(EMU_H)
+	$(emulated)
+$(call builds,faults): $(EMULATE)/faults.cu $(EMU_H)
+	$(emulated)
 
-selftestemu: $(EMULATE)/selftest.cu $(EMU_H)
-	$(call emulated)
+test-emulate: train_mamba2 train_mamba2emu $(call builds,test_mamba2)
+	@dev/test/run.sh "make test-emulate-thread" "make test-emulate-address" \
+	    "make test-emulate-program" "make test-emulate-shim"
+test-emulate-thread: $(EMU_TESTS)/test_mamba2-tsan
+	@$<
+test-emulate-address: $(EMU_TESTS)/test_mamba2-asan
+	@ASAN_OPTIONS=detect_leaks=0 $<
+test-emulate-program: train_mamba2 train_mamba2emu $(EMU_TESTS)/test_mamba2
+	@dev/test/emulate.sh
 
-# the shim's own tests: make test-emulate-shim
-EMU_TESTS := build/emu
-$(EMU_TESTS)/test_mamba2: test_mamba2.c $(CUDA_H) $(EMU_H)
-	@mkdir -p $(@D)
-	$(call emulated,$(EMU_FLOAT))
-$(EMU_TESTS)/test_mamba2-asan: test_mamba2.c $(CUDA_H) $(EMU_H)
-	@mkdir -p $(@D)
-	$(call emulated,$(EMU_FLOAT) -fsanitize=address -fsanitize=undefined)
-$(EMU_TESTS)/test_mamba2-tsan: test_mamba2.c $(CUDA_H) $(EMU_H)
-	@mkdir -p $(@D)
-	$(call emulated,-march=$(MARCH) -ffp-contract=fast -fsanitize=thread)
-test-emulate: train_mamba2 train_mamba2emu $(EMU_TESTS)/test_mamba2 $(EMU_TESTS)/test_mamba2-asan $(EMU_TESTS)/test_mamba2-tsan
-	@dev/test/run.sh "make test-emulate-shim" dev/test/emulate.sh
-$(EMU_TESTS)/%: $(EMULATE)/%.cu $(EMU_H)
-	@mkdir -p $(@D)
-	$(call emulated)
-$(EMU_TESTS)/%-asan: $(EMULATE)/%.cu $(EMU_H)
-	@mkdir -p $(@D)
-	$(call emulated,-fsanitize=address -fsanitize=undefined)
-$(EMU_TESTS)/%-tsan: $(EMULATE)/%.cu $(EMU_H)
-	@mkdir -p $(@D)
-	$(call emulated,-fsanitize=thread)
-
-EMU_SELF   := $(addprefix $(EMU_TESTS)/,selftest selftest-asan selftest-tsan)
-EMU_FAULTS := $(addprefix $(EMU_TESTS)/,faults faults-asan faults-tsan)
+# the shim's own tests
 EMU_QUIET  := 2> $(EMU_TESTS)/said || { cat $(EMU_TESTS)/said; exit 1; }
-test-emulate-shim: $(EMU_SELF) $(EMU_FAULTS)
-	@for order in forward reverse random:1 random:2 random:3; do \
+test-emulate-shim: $(call builds,selftest) $(call builds,faults)
+	@for order in forward reverse 1 2 3; do \
 	    echo "selftest, $$order:"; EMU_ORDER=$$order $(EMU_TESTS)/selftest $(EMU_QUIET); \
 	done
 	@for sm in 80 86; do \
 	    echo "selftest, sm_$$sm:"; EMU_SM=$$sm $(EMU_TESTS)/selftest $(EMU_QUIET); \
 	done
 	@echo "selftest, late streams:"; EMU_STREAMS=late $(EMU_TESTS)/selftest $(EMU_QUIET)
-	@echo "selftest, address and undefined:"; $(EMU_TESTS)/selftest-asan $(EMU_QUIET)
+	@echo "selftest, address and undefined:"; ASAN_OPTIONS=detect_leaks=0 $(EMU_TESTS)/selftest-asan $(EMU_QUIET)
 	@echo "selftest, thread:"; $(EMU_TESTS)/selftest-tsan $(EMU_QUIET)
-	@echo "planted faults:"; timeout 120 sh $(EMULATE)/faults.sh $(EMU_FAULTS)
+	@echo "planted faults:"; timeout 120 sh $(EMULATE)/faults.sh $(call builds,faults)
 
 mirror:
 	@dev/test/mirror.sh
@@ -147,4 +142,9 @@ help:
 clean:
 	rm -rf train_mamba2 train_mamba2_double train_mamba2cu train_mamba2emu test_mamba2cu selftestemu build
 
-.PHONY: all test test-compilers test-sanitize test-reference bench help clean mirror test-emulate test-emulate-shim
+# what the suites run; make -j2 programs builds two at a time
+programs: $(foreach name,test_mamba2 selftest faults,$(call builds,$(name))) train_mamba2emu \
+          build/test_double build/test_float train_mamba2_double train_mamba2
+
+.PHONY: all programs test test-compilers test-sanitize test-reference bench help clean mirror test-emulate test-emulate-thread \
+        test-emulate-address test-emulate-program test-emulate-shim

@@ -5,20 +5,21 @@ define cuda-threads
   set $line = -2
   while $i < $b->threads_n
     set $t = &$b->threads[$i]
-    set $now = $t->what ? $t->line : $t->done ? -1 : 0
+    set $ready = $b->warps[$t->warp].ready >> $t->lane & 1
+    set $now = $t->done ? -1 : $ready ? 0 : $t->at.line
     if $now != $line || $t == $b->current || $t == $b->current + 1
       set $line = $now
       printf "thread %d (%d,%d,%d)", $i, $t->idx.x, $t->idx.y, $t->idx.z
       if $t == $b->current
         printf " runs\n"
       else
-        if $t->what
-          printf " ff. wait for %s at %s:%d\n", $t->what, $t->file, $t->line
+        if $t->done
+          printf " ff. have ended\n"
         else
-          if $t->done
-            printf " ff. have ended\n"
-          else
+          if $ready
             printf " ff. can go on\n"
+          else
+            printf " ff. wait for %s at %s:%d\n", $t->what, $t->at.file, $t->at.line
           end
         end
       end

@@ -4,8 +4,8 @@
 #include "types.h"
 
 namespace emu {
-EMU_ENGINE void need_whole_warp(const char *what, unsigned lanes) {
-    if (lanes != EMU_ALL) EMU_FAULT("%s needs all 32 lanes; it has %08x", what, lanes);
+EMU_ENGINE void need_whole_warp(unsigned lanes) {
+    if (lanes != EMU_ALL) EMU_FAULT("needs all 32 lanes; it has %08x", lanes);
 }
 
 // ---- mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d = a b + d ---------------------------
@@ -15,30 +15,38 @@ EMU_ENGINE void need_whole_warp(const char *what, unsigned lanes) {
 typedef float Row8 __attribute__((vector_size(32)));
 struct Mma { float *d; const uint32_t *a, *b; };
 EMU_ENGINE void mma_all(void **slots, unsigned lanes) {
-    need_whole_warp("mma.sync", lanes);
+    need_whole_warp(lanes);
     float A[16][16];
-    Row8 B[16];
-    for (int l = 0; l < 32; l++) {
-        auto *s = (Mma *)slots[l];
-        int g = l / 4, t = l % 4;
-        for (int h = 0; h < 2; h++) {
-            for (int r = 0; r < 4; r++)
-                A[g + r % 2 * 8][2 * t + r / 2 * 8 + h] = from_bf16((uint16_t)(s->a[r] >> 16 * h));
-            for (int r = 0; r < 2; r++)
-                B[2 * t + 8 * r + h][g] = from_bf16((uint16_t)(s->b[r] >> 16 * h));
+    Row8 B[16], D[16];
+    auto low = [](uint32_t pair) { return bits<float>(pair << 16); };
+    auto high = [](uint32_t pair) { return bits<float>(pair & 0xffff0000); };
+    for (unsigned g = 0; g < 8; g++)
+        for (unsigned t = 0; t < 4; t++) {
+            auto *s = (Mma *)slots[4 * g + t];
+            for (unsigned r = 0; r < 4; r++) {
+                float *two = &A[g + r % 2 * 8][2 * t + r / 2 * 8];
+                two[0] = low(s->a[r]), two[1] = high(s->a[r]);
+            }
+            for (unsigned r = 0; r < 2; r++) {
+                Row8 *two = &B[2 * t + 8 * r];
+                two[0][g] = low(s->b[r]), two[1][g] = high(s->b[r]);
+            }
         }
-    }
     for (int i = 0; i < 16; i++) {
         Row8 sum = {};
         for (int k = 0; k < 16; k++) sum += A[i][k] * B[k];
-        for (int j = 0; j < 8; j++)
-            ((Mma *)slots[i % 8 * 4 + j / 2])->d[i / 8 * 2 + j % 2] += sum[j];
+        D[i] = sum;
     }
+    for (unsigned g = 0; g < 8; g++)
+        for (unsigned t = 0; t < 4; t++) {
+            float *d = ((Mma *)slots[4 * g + t])->d;
+            for (unsigned r = 0; r < 4; r++) d[r] += D[g + r / 2 * 8][2 * t + r % 2];
+        }
 }
 }  // namespace emu
 EMU_ENGINE void mma(float *d, const uint32_t *a, const uint32_t *b, EMU_HERE) {
     emu::Mma s{d, a, b};
-    emu::warp_call("mma.sync.m16n8k16", EMU_ALL, &s, emu::mma_all, file, line);
+    emu::warp_call("mma.sync", at, EMU_ALL, &s, emu::mma_all);
 }
 
 // ---- ldmatrix.sync.aligned.m8n8.x4{.trans}.shared.b16 -------------------------------------------
@@ -50,26 +58,19 @@ struct LoadMatrix { uint32_t *r; bool trans; const void *at; uint16_t row[8]; };
 // The rows of a matrix are read at once unless two of them lie in the same 16 bytes of the 128 that
 // the banks span: then it takes as many turns as the fullest of these places has rows.
 EMU_ENGINE void count_conflicts(LoadMatrix **slots) {
-    Kernel *k = grid.kernel;
-    for (int i = 0; i < 4; i++) {
-        int turns = 1;
-        for (uintptr_t place = 0; place < 8; place++) {
-            uintptr_t rows[8];
-            int different = 0;
-            for (int l = 8 * i; l < 8 * i + 8; l++) {
-                uintptr_t at = (uintptr_t)slots[l]->at;
-                bool known = at / 16 % 8 != place;
-                for (int j = 0; j < different; j++) known |= rows[j] == at;
-                if (!known) rows[different++] = at;
-            }
-            turns = std::max(turns, different);
+    for (LoadMatrix **m = slots; m < slots + 32; m += 8) {
+        unsigned turns = 1, rows[8] = {};
+        for (int i = 0; i < 8; i++) {
+            bool again = false;
+            for (int j = 0; j < i; j++) again |= m[j]->at == m[i]->at;
+            if (!again) turns = std::max(turns, ++rows[(uintptr_t)m[i]->at / 16 % 8]);
         }
-        k->wavefronts++;
-        k->conflicts += (unsigned)turns - 1;
+        grid.kernel->wavefronts++;
+        grid.kernel->conflicts += turns - 1;
     }
 }
 EMU_ENGINE void ldmatrix_all(void **slots, unsigned lanes) {
-    need_whole_warp("ldmatrix", lanes);
+    need_whole_warp(lanes);
     auto **s = (LoadMatrix **)slots;
     for (int l = 0; l < 32; l++)
         for (int i = 0; i < 4; i++) {
@@ -81,38 +82,35 @@ EMU_ENGINE void ldmatrix_all(void **slots, unsigned lanes) {
         }
     count_conflicts(s);
 }
-inline void ldmatrix(uint32_t *r, bool trans, const void *row, const char *file, int line) {
-    if ((uintptr_t)row % 16)
-        EMU_FAULT("ldmatrix at %s:%d: the row is not aligned to 16 bytes", file, line);
+inline void ldmatrix(uint32_t *r, bool trans, const void *row, Place at) {
+    enter("ldmatrix", at);
+    if ((uintptr_t)row % 16) EMU_FAULT("the row is not aligned to 16 bytes");
     LoadMatrix s{r, trans, row, {}};
     memcpy(s.row, row, sizeof s.row);           // by the lane that names the row: races show
-    warp_call("ldmatrix", EMU_ALL, &s, ldmatrix_all, file, line);
+    warp_call("ldmatrix", at, EMU_ALL, &s, ldmatrix_all);
 }
 }  // namespace emu
 inline void ldmatrix(uint32_t *r, const void *row, EMU_HERE) {
-    emu::ldmatrix(r, false, row, file, line);
+    emu::ldmatrix(r, false, row, at);
 }
 inline void ldmatrix_trans(uint32_t *r, const void *row, EMU_HERE) {
-    emu::ldmatrix(r, true, row, file, line);
+    emu::ldmatrix(r, true, row, at);
 }
 
 // ---- cp.async -----------------------------------------------------------------------------------
 // The copy is done as late as allowed, at the wait for its group. Until then its target holds NaNs,
 // so that a kernel that reads too early shows it.
 template<int BYTES> EMU_ENGINE void cp_async(void *to, const void *from, bool valid, EMU_HERE) {
-    emu::Thread *me = emu::current("cp.async");
+    emu::Thread *me = emu::enter("cp.async", at);
     if (((uintptr_t)to | (uintptr_t)from) % BYTES)
-        EMU_FAULT("cp.async at %s:%d: an address is not aligned to %d bytes", file, line, BYTES);
-    if (me->copies_n == me->copies_room) {
-        me->copies_room = me->copies_room ? 2 * me->copies_room : 16;
-        me->copies = (emu::AsyncCopy *)realloc(me->copies, me->copies_room * sizeof *me->copies);
-    }
+        EMU_FAULT("an address is not aligned to %d bytes", BYTES);
+    if (me->copies_n == emu::MAX_COPIES) EMU_FAULT("more than %d not waited for", emu::MAX_COPIES);
     me->copies[me->copies_n++] = {to, valid ? from : nullptr, BYTES, me->group};
     memset(to, 0xff, BYTES);
 }
-EMU_ENGINE void cp_async_commit() { emu::current("cp.async")->group++; }
+EMU_ENGINE void cp_async_commit() { emu::block->current->group++; }
 template<int LEFT> EMU_ENGINE void cp_async_wait() {
-    emu::Thread *me = emu::current("cp.async");
+    emu::Thread *me = emu::block->current;
     int left = 0;
     for (int i = 0; i < me->copies_n; i++) {
         emu::AsyncCopy c = me->copies[i];
@@ -125,15 +123,15 @@ template<int LEFT> EMU_ENGINE void cp_async_wait() {
 
 // ---- other barriers, early launches, numbers ----------------------------------------------------
 inline void barrier_wait(int id, int n, EMU_HERE) {
-    emu::barrier("bar.sync", id, n, emu::SYNC, file, line);
+    emu::barrier("bar.sync", at, id, n, emu::SYNC);
 }
 inline void barrier_arrive(int id, int n, EMU_HERE) {
-    emu::barrier("bar.arrive", id, n, emu::ARRIVE, file, line);
+    emu::barrier("bar.arrive", at, id, n, emu::ARRIVE);
 }
 inline void grid_barrier(unsigned *arrived, EMU_HERE) {
-    emu::barrier("grid_barrier", 0, 0, emu::SYNC, file, line);
-    if (threadIdx.x == 0) emu::meet_other_blocks(arrived, file, line);
-    emu::barrier("grid_barrier", 0, 0, emu::SYNC, file, line);
+    emu::barrier("grid_barrier", at, 0, 0, emu::SYNC);
+    if (threadIdx.x == 0) emu::meet_other_blocks(arrived);
+    emu::barrier("grid_barrier", at, 0, 0, emu::SYNC);
 }
 inline void next_may_start() {}         // a launch begins when the one before it has ended
 inline void wait_for_last() {}

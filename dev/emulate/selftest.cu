@@ -45,7 +45,7 @@ static uint32_t random32() {
 static float uniform() { return (float)(random32() >> 8) / (1 << 23) - 1; }     // -1 to 1
 static std::vector<bf16> random_bf16(size_t n) {
     std::vector<bf16> v(n);
-    for (bf16 &x : v) x = __float2bfloat16(uniform());
+    for (bf16 &x : v) x = (bf16)uniform();
     return v;
 }
 static bool close_to(double got, double want, double bound) { return fabs(got - want) <= bound; }
@@ -73,15 +73,14 @@ __global__ void shuffle_kernel(double *out, int width) {
     double v = 100 + l;
     out[l] = __shfl_sync(~0u, v, l * 5 + 3, width);
     out[32 + l] = __shfl_up_sync(~0u, v, 3, width);
-    out[64 + l] = __shfl_down_sync(~0u, v, 3, width);
-    out[96 + l] = __shfl_xor_sync(~0u, v, 5, width);
-    out[128 + l] = 0;
-    if (l % 4 == 1) out[128 + l] = __shfl_sync(0x22222222, (float)v, l + 4);    // 8 lanes only
+    out[64 + l] = __shfl_xor_sync(~0u, v, 5, width);
+    out[96 + l] = 0;
+    if (l % 4 == 1) out[96 + l] = __shfl_sync(0x22222222, (float)v, l + 4);     // 8 lanes only
 }
 static bool test_shuffles() {
     bool ok = true;
     for (int width = 32; width >= 8; width /= 4) {
-        Device<double> out(160);
+        Device<double> out(128);
         shuffle_kernel<<<1, 32>>>(out.p, width);
         ok &= launched();
         std::vector<double> v = out.host();
@@ -90,9 +89,8 @@ static bool test_shuffles() {
             auto is = [&](int row, int lane) { ok &= v[32 * row + l] == 100 + lane; };
             is(0, first + (i * 5 + first * 5 + 3) % width);
             is(1, i < 3 ? l : l - 3);
-            is(2, i + 3 >= width ? l : l + 3);
-            is(3, l ^ 5);
-            ok &= v[128 + l] == (l % 4 == 1 ? 100 + (l + 4) % 32 : 0);
+            is(2, l ^ 5);
+            ok &= v[96 + l] == (l % 4 == 1 ? 100 + (l + 4) % 32 : 0);
         }
     }
     return ok;
@@ -196,17 +194,17 @@ static bool test_shared_limits() {
 __global__ void intrinsic_kernel(float *f, int *i) {
     f[0] = __fdividef(3.0f, 2.0f), f[1] = __uint_as_float(0x40490fdbu);
     f[2] = max(1.0f, 2.5f), f[3] = min(3.0f, -2.0f);
-    i[0] = __ffs(0x50), i[1] = (int)__float_as_uint(-1.0f);
+    i[0] = __ffs(0x50);
 }
 static bool test_intrinsics() {
     Device<float> f(4);
-    Device<int> i(2);
+    Device<int> i(1);
     intrinsic_kernel<<<1, 1>>>(f.p, i.p);
     bool ok = launched();
     std::vector<float> got = f.host();
     const float want[] = {1.5f, 3.14159274f, 2.5f, -2};
     for (int k = 0; k < 4; k++) ok &= close_to(got[k], want[k], 1e-6);
-    return ok && i.host() == std::vector<int>{5, (int)0xbf800000};
+    return ok && i.host()[0] == 5;
 }
 
 // ---- bf16 ---------------------------------------------------------------------------------------
@@ -221,9 +219,9 @@ static unsigned short nearest_bf16(float f) {
 __global__ void bf16_kernel(unsigned short *out, float *back, const float *in, int n) {
     int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     if (i >= n) return;
-    bf16 h = __float2bfloat16(in[i]);
+    bf16 h = (bf16)in[i];
     out[i] = __bfloat16_as_ushort(h);
-    back[i] = __bfloat162float(__ushort_as_bfloat16((unsigned short)i));
+    back[i] = (float)__ushort_as_bfloat16((unsigned short)i);
 }
 static bool test_bf16() {
     int n = 1 << 16;
@@ -243,7 +241,7 @@ static bool test_bf16() {
         memcpy(&got, &f[i], 4);
         bool nan = (u & 0x7fffffff) > 0x7f800000;
         ok &= v[i] == nearest_bf16(in[i]) && (nan ? f[i] != f[i] : got == u);
-        ok &= __bfloat16_as_ushort(__float2bfloat16(in[i])) == v[i];            // on the host too
+        ok &= __bfloat16_as_ushort((bf16)in[i]) == v[i];            // on the host too
     }
     return ok;
 }
@@ -356,7 +354,7 @@ __global__ void pairs_kernel(uint32_t *product, float *power, const uint32_t *a,
 }
 static bool test_pairs_and_powers() {
     std::vector<bf16> a = random_bf16(512), b = random_bf16(512);
-    a[0] = __float2bfloat16(-0.0f);
+    a[0] = (bf16)-0.0f;
     std::vector<uint32_t> x(256), y(256);
     memcpy(x.data(), a.data(), 1024);
     memcpy(y.data(), b.data(), 1024);
@@ -416,8 +414,8 @@ static bool test_streams() {
     const int n = 1000;
     cudaStream_t work, copy;
     cudaEvent_t begin, done;
-    CHECK(cudaStreamCreateWithFlags(&work, cudaStreamNonBlocking));
-    CHECK(cudaStreamCreateWithFlags(&copy, cudaStreamNonBlocking));
+    CHECK(cudaStreamCreate(&work));
+    CHECK(cudaStreamCreate(&copy));
     CHECK(cudaEventCreate(&begin));
     CHECK(cudaEventCreate(&done));
     int *pinned;
@@ -582,10 +580,7 @@ static bool run_matmul(const Case &c, void *A, void *B, void *D, int pitches[3])
     CHECK(cublasLtMatmul(handle, desc, &alpha, A, a, B, b, &beta, D, d, D, d, &result.algo, work.p,
                          room, nullptr));
     CHECK(cudaDeviceSynchronize());
-    for (auto l : {a, b, d}) CHECK(cublasLtMatrixLayoutDestroy(l));
     CHECK(cublasLtMatmulPreferenceDestroy(preference));
-    CHECK(cublasLtMatmulDescDestroy(desc));
-    CHECK(cublasLtDestroy(handle));
     return ok;
 }
 static bool test_one_matmul(const Case &c) {
@@ -643,13 +638,8 @@ static unsigned long long conflicts(int pitch) {
 static bool test_shim() {
     // rows of 128 bytes: all eight of a matrix in one place; of 144: none; of 64: four in each
     bool ok = conflicts(64) == 4 * 7 && conflicts(72) == 0 && conflicts(32) == 4 * 3;
-    Device<float> fresh(3), large(30 << 20);
+    Device<float> fresh(3);
     for (float v : fresh.host()) ok &= v != v;
-    for (size_t i : {0, 4 << 20, (30 << 20) - 1}) {
-        float v = 0;
-        CHECK(cudaMemcpy(&v, large.p + i, 4, cudaMemcpyDeviceToHost));
-        ok &= v != v;
-    }
     return ok;
 }
 #endif

@@ -24,8 +24,6 @@ struct __nv_bfloat16 {
 };
 struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
 
-inline __nv_bfloat16 __float2bfloat16(float f) { return f; }
-inline float __bfloat162float(__nv_bfloat16 h) { return h; }
 inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short u) { return __nv_bfloat16_raw{u}; }
 inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 h) { return h.__x; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {a, b}; }

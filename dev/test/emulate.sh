@@ -3,18 +3,16 @@
 # moves between the two programs. Ends with "N passed, N failed".
 passed=0 failed=0 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-export OMP_WAIT_POLICY=passive ASAN_OPTIONS=detect_leaks=0
+export OMP_WAIT_POLICY=passive
 try() {
     name=$1; shift
     if said=$("$@" 2>&1); then passed=$((passed + 1)); echo "ok   $name"
     else failed=$((failed + 1)); echo "FAIL $name: $*"; echo "$said" | tail -n 25; fi
 }
 try "the two programs mirror each other" dev/test/mirror.sh
-for order in forward reverse random:1; do
-    EMU_ORDER=$order try "ops, $order" build/emu/test_mamba2
+for order in reverse 1; do
+    EMU_ORDER=$order try "ops, order $order" build/emu/test_mamba2
 done
-try "ops, address and undefined" build/emu/test_mamba2-asan
-try "ops, thread" build/emu/test_mamba2-tsan
 tiny="--d-model 32 --n-layer 2 --headdim 8 --d-state 12 --batch 2 --seq-len 45"
 quiet="--eval-every 0 --sample-every 0 --plot 0 --log-every 100"
 for more in "" "--packed --eot 10" "--ngroups 2 --d-conv 3 --tie 0" "--d-intermediate 24 --recompute"; do
