@@ -23,6 +23,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <algorithm>
+#include <bit>
 #include <map>
 #include <string>
 #include <type_traits>
@@ -588,11 +589,6 @@ EMU_ENGINE void run_grid(Kernel *kernel, dim3 shape, dim3 dim, size_t dynamic_si
 }
 
 // ---- shuffles and votes of a warp ---------------------------------------------------------------
-template<class To, class From> To bits(From v) {
-    To to{};
-    memcpy((void *)&to, &v, std::min(sizeof to, sizeof v));
-    return to;
-}
 struct Given { uint64_t value; int source; uint64_t result; };  // by a lane
 EMU_ENGINE void shuffle_all(void **slots, unsigned lanes) {
     for (int l = 0; l < 32; l++) {
@@ -616,9 +612,11 @@ constexpr unsigned EMU_ALL = 0xffffffff;
         int lane = emu::block->current->lane, source = from;                                 \
         if ((lane ^ source) & ~(width - 1)) source = lane;                                   \
         static_assert(sizeof(T) <= 8);                                                       \
-        emu::Given g{emu::bits<uint64_t>(v), source, 0};                                     \
+        emu::Given g{0, source, 0};                                                          \
+        memcpy(&g.value, &v, sizeof v);                                                      \
         emu::warp_call(#name, at, mask, &g, emu::shuffle_all);                               \
-        return emu::bits<T>(g.result);                                                       \
+        memcpy(&v, &g.result, sizeof v);                                                     \
+        return v;                                                                            \
     }
 EMU_SHUFFLE(__shfl_sync, of, (lane & ~(width - 1)) | (of & (width - 1)))
 EMU_SHUFFLE(__shfl_up_sync, by, lane - by)
@@ -644,5 +642,5 @@ template<class A, class B> constexpr std::common_type_t<A, B> max(A a, B b) {
     return std::max<std::common_type_t<A, B>>(a, b);
 }
 inline float __fdividef(float a, float b) { return a / b; }
-inline float __uint_as_float(unsigned u) { return emu::bits<float>(u); }
+inline float __uint_as_float(unsigned u) { return std::bit_cast<float>(u); }
 inline int __ffs(int x) { return __builtin_ffs(x); }

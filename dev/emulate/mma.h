@@ -18,8 +18,8 @@ EMU_ENGINE void mma_all(void **slots, unsigned lanes) {
     need_whole_warp(lanes);
     float A[16][16];
     Row8 B[16], D[16];
-    auto low = [](uint32_t pair) { return bits<float>(pair << 16); };
-    auto high = [](uint32_t pair) { return bits<float>(pair & 0xffff0000); };
+    auto low = [](uint32_t pair) { return std::bit_cast<float>(pair << 16); };
+    auto high = [](uint32_t pair) { return std::bit_cast<float>(pair & 0xffff0000); };
     for (unsigned g = 0; g < 8; g++)
         for (unsigned t = 0; t < 4; t++) {
             auto *s = (Mma *)slots[4 * g + t];

@@ -5,11 +5,11 @@
 
 namespace emu {
 inline uint16_t to_bf16(float f) {
-    uint32_t u = bits<uint32_t>(f);
+    uint32_t u = std::bit_cast<uint32_t>(f);
     if ((u & 0x7fffffff) > 0x7f800000) return 0x7fff;       // NaN, as NVIDIA's conversion gives it
     return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
-inline float from_bf16(uint16_t h) { return bits<float>((uint32_t)h << 16); }
+inline float from_bf16(uint16_t h) { return std::bit_cast<float>((uint32_t)h << 16); }
 }  // namespace emu
 
 struct __nv_bfloat16_raw { unsigned short x; };
