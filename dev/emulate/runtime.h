@@ -150,6 +150,7 @@ inline cudaError_t cudaEventSynchronize(cudaEvent_t e) {
     return emu::finish(e->stream, e->number), cudaSuccess;
 }
 inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
+    *ms = 0;
     if (!from->stamped || !to->stamped) return cudaErrorNotReady;
     *ms = std::chrono::duration<float, std::milli>(to->time - from->time).count();
     return cudaSuccess;
