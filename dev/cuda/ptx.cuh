@@ -42,12 +42,13 @@ template<int LEFT> __device__ inline void cp_async_wait() {    // until so many 
 
 // __syncthreads() for warps that meet it at different lines, which CUDA C++ does not allow and PTX,
 // with a count, does; and the kind at which some warps wait for others that only announce
-// themselves.
+// themselves. bar.sync would be the same instruction, but compute-sanitizer wants all of a block to
+// meet that at one line.
 __device__ inline void barrier_wait(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
+    asm volatile("barrier.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
 __device__ inline void barrier_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory");
+    asm volatile("barrier.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
 
 // A barrier of all blocks, in a cooperative launch of a one-dimensional grid. `arrived` is 0 before
