@@ -1153,21 +1153,20 @@ static void ssd_launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t
 // What the kernels of one call leave for each other. steps: (R,H,chunks,Q) each.
 struct SsdWork {
     float *cs, *dts, *g_dts, *rowsum, *rho, *pi, *crossing;        // crossing: side of them
+    float *back_cs, *back_dts;                     // in the place of crossing
     float *CB, *g_CB;                              // (R,chunks,G,Q,Q)
     float *kappa, *g_A_part, *g_D_part;       // (R,chunks,H,parts), (R,chunks,H), (R,chunks,side,H)
-    float *local, *local_decay;                 // (R,segments - 1,H,N,P) padded, (R,segments - 1,H)
+    float *local, *local_decay;                    // (items,2,N,P) padded, (items,2)
     unsigned side, across, parts;                  // tiles of a chunk's rows; of P; of a state
-    unsigned segments, segment_chunks;
     size_t floats;                                 // of all
 
-    SsdWork(const Dims *d, unsigned wanted_segments, bool allocate = true) {
+    explicit SsdWork(const Dims *d, bool allocate = true) {
         side = pieces(d->Q, TILE);
         across = pieces(d->P, TILE);
         parts = pieces(d->N, TILE) * across;
-        segment_chunks = pieces(d->chunks, wanted_segments);
-        segments = pieces(d->chunks, segment_chunks);
         size_t steps = d->R * d->H * d->chunks * d->Q, heads = d->R * d->chunks * d->H;
-        size_t pairs = d->R * d->chunks * d->G * d->Q * d->Q, ends = d->R * (segments - 1) * d->H;
+        size_t pairs = d->R * d->chunks * d->G * d->Q * d->Q;
+        size_t ends = 2 * walk_items(d, walk_length(d));
         floats = (6 + side) * steps + 2 * pairs + heads * (parts + 1 + side) +
                  ends * (128 * FP + 1);
         if (!allocate) return;
@@ -1180,11 +1179,13 @@ struct SsdWork {
         g_CB = take(pairs);
         cs = take(steps);
         dts = take(steps);
+        crossing = take(side * steps);
+        back_cs = crossing;
+        back_dts = crossing + steps;
         g_dts = take(steps);
         rowsum = take(steps);
         pi = take(steps);
         rho = take(steps);
-        crossing = take(side * steps);
         local = take(ends * 128 * FP);
         local_decay = take(ends);
         kappa = take(heads * parts);
@@ -1193,10 +1194,7 @@ struct SsdWork {
     }
 };
 
-static size_t ssd_work_floats(const Dims *d) {
-    size_t forward = SsdWork(d, forward_segments(d), false).floats;
-    return max(forward, SsdWork(d, backward_segments(d), false).floats);
-}
+static size_t ssd_work_floats(const Dims *d) { return SsdWork(d, false).floats; }
 
 // Do the fast kernels take this shape, in bf16, on this GPU?
 static bool ssd_is_fast(const Dims *d) {
@@ -1204,33 +1202,27 @@ static bool ssd_is_fast(const Dims *d) {
     return shape && shared_room() >= sizeof(WalkShared<128>);
 }
 
-// cs and dts; and CB, if wanted
-template<int N>
-static void ssd_prepare_fast(const Dims *d, const SsdWork &w, const float *dt, const float *A_log,
-                             const bf16 *xBC, bool with_CB) {
-    unsigned kinds = pieces(d->H, 8) + (with_CB ? (unsigned)d->G : 0);
-    dim3 grid((unsigned)d->chunks, kinds, (unsigned)d->R);
-    allow_shared(ssd_prepare_fast_kernel<N>, CB_SHARED<N>);
-    ssd_prepare_fast_kernel<N><<<grid, 256, with_CB ? CB_SHARED<N> : STEPS_SHARED, stream>>>(
-        w.cs, w.dts, (uint4 *)w.CB, dt, A_log, xBC, *d);
+// y and states from x; or BACK, g_x and g_states from g_y
+template<int N, bool BACK, bool DOCS>
+static void ssd_walk(const Dims *d, const SsdWork &w, bf16 *out, size_t out_pitch, bf16 *states,
+                     float *final, const bf16 *in, size_t in_pitch, const bf16 *xBC,
+                     const float *dt, const float *A_log, const float *D, const float *initial,
+                     const int *doc) {
+    unsigned chunks = d->chunks, R = d->R, kinds = pieces(d->H, 8) + (unsigned)d->G;
+    int length = walk_length(d), items = walk_items(d, length);
+    int last = walk_items(d, d->R * d->chunks);    // those of the last part of the line
+    float *cs = BACK ? w.back_cs : w.cs, *dts = BACK ? w.back_dts : w.dts;
+    allow_shared(ssd_prepare_fast_kernel<N, BACK>, CB_SHARED<N>);
+    ssd_prepare_fast_kernel<N, BACK><<<dim3(chunks, kinds, R), 256, CB_SHARED<N>, stream>>>(
+        w.cs, w.dts, cs, dts, (uint4 *)w.CB, dt, A_log, xBC, *d);
     LAUNCHED();
-}
-
-template<int N, bool DOCS>
-static void ssd_forward_fast(const Dims *d, const SsdWork &w, bf16 *y, bf16 *states, float *final,
-                             const bf16 *xBC, const float *dt, const float *A_log, const float *D,
-                             const float *initial, const int *doc) {
-    unsigned R = d->R, H = d->H, walks = R * d->G * pieces(d->H / d->G, 2) * w.segments;
-    ssd_prepare_fast<N>(d, w, dt, A_log, xBC, true);
-    if (w.segments > 1) {
-        ssd_launch(ssd_sum_kernel<N, false, true, DOCS>, dim3(H, w.segments - 1, R), 128,
-                     sizeof(SumShared<N>), (bf16 *)NULL, (float *)NULL, (float *)NULL, w.local,
-                     w.local_decay, (bf16 *)NULL, xBC, d->S, (float *)NULL, xBC, w.cs, w.dts, doc,
-                     *d, w.segment_chunks, false);
+    if (length % (int)chunks != 0 && items > last) {
+        ssd_launch(ssd_local_kernel<N, BACK, DOCS>, dim3(items - last), 512, sizeof(LocalShared<N>),
+                   w.local, w.local_decay, in, in_pitch, xBC, cs, dts, A_log, doc, *d, length);
     }
-    ssd_launch(ssd_walk_kernel<N, DOCS>, dim3(walks < WALKERS ? walks : WALKERS), 512,
-                 sizeof(WalkShared<N>), y, states, final, w.local, w.local_decay, xBC,
-                 (uint4 *)w.CB, w.cs, w.dts, D, initial, doc, *d, w.segments, w.segment_chunks);
+    ssd_launch(ssd_walk_kernel<N, BACK, DOCS>, dim3(min(items, WALKERS)), 512,
+               sizeof(WalkShared<N>), out, out_pitch, states, final, w.local, w.local_decay, in,
+               in_pitch, xBC, (uint4 *)w.CB, cs, dts, A_log, D, initial, doc, *d, length);
 }
 
 template<typename floatX>
@@ -1262,47 +1254,37 @@ static void ssd_forward(const Dims *d, floatX *y, floatX *states, float *final, 
                         const int *doc) {
     if constexpr (sizeof(floatX) == sizeof(bf16)) {
         if (ssd_is_fast(d)) {
-            auto narrow = doc ? ssd_forward_fast<64, true> : ssd_forward_fast<64, false>;
-            auto wide = doc ? ssd_forward_fast<128, true> : ssd_forward_fast<128, false>;
-            SsdWork w(d, forward_segments(d));
-            return (d->N <= 64 ? narrow : wide)(d, w, y, states, final, xBC, dt, A_log, D,
-                                                initial, doc);
+            auto narrow = doc ? ssd_walk<64, false, true> : ssd_walk<64, false, false>;
+            auto wide = doc ? ssd_walk<128, false, true> : ssd_walk<128, false, false>;
+            return (d->N <= 64 ? narrow : wide)(d, SsdWork(d), y, d->E, states, final, xBC, d->S,
+                                                xBC, dt, A_log, D, initial, doc);
         }
     }
-    SsdWork w(d, 1);
+    SsdWork w(d);
     ssd_prepare(d, w, dt, A_log);
     ssd_forward_any(d, w, y, states, final, xBC, D, initial, doc);
 }
 
 // In the place of the last two kernels of ssd_backward
-template<int N, bool DOCS>
+template<int N>
 static void ssd_backward_fast(const Dims *d, const SsdWork &w, bf16 *g_xBC, float *g_dt,
                               float *g_initial, const bf16 *g_y, const float *g_final,
                               const bf16 *states, bf16 *g_states, const bf16 *xBC, const float *dt,
                               const float *A_log, const float *D, const float *initial,
                               const int *doc) {
-    unsigned R = d->R, H = d->H, chunks = d->chunks;
+    unsigned chunks = d->chunks, R = d->R;
     dim3 grid(chunks, (unsigned)d->G, R);
     bf16 *g_CB = (bf16 *)w.g_CB;
-    ssd_prepare_fast<N>(d, w, dt, A_log, xBC, false);
-    if (w.segments > 1) {
-        ssd_launch(ssd_sum_kernel<N, true, true, DOCS>, dim3(H, w.segments - 1, R), 128,
-                     sizeof(SumShared<N>), g_states, w.kappa, g_initial, w.local, w.local_decay,
-                     states, g_y, d->E, g_final, xBC, w.cs, w.dts, doc, *d, w.segment_chunks,
-                     initial != NULL);
-    }
-    ssd_launch(ssd_sum_kernel<N, true, false, DOCS>, dim3(H, w.segments, R), 128,
-                 sizeof(SumShared<N>), g_states, w.kappa, g_initial, w.local, w.local_decay, states,
-                 g_y, d->E, g_final, xBC, w.cs, w.dts, doc, *d, w.segment_chunks, initial != NULL);
-    ssd_launch(ssd_g_x_fast_kernel<N>, grid, G_X_THREADS, sizeof(GxShared<N>), g_xBC, g_CB,
-                 w.g_dts, w.rowsum, w.g_D_part, g_states, g_y, xBC, w.cs, w.dts, D, doc, *d,
-                 g_final != NULL);
-    ssd_launch(ssd_g_BC_fast_kernel<N, true>, grid, 256, sizeof(GbcShared<N, true>), g_xBC,
-                 w.pi, g_CB, states, g_y, xBC, w.cs, w.dts, doc, *d, initial != NULL);
-    ssd_launch(ssd_g_BC_fast_kernel<N, false>, grid, 256, sizeof(GbcShared<N, false>),
-                 g_xBC, w.pi, g_CB, g_states, g_y, xBC, w.cs, w.dts, doc, *d, g_final != NULL);
-    ssd_launch(ssd_finish_fast_kernel, dim3(chunks, pieces(H, 8), R), 256, 0, g_dt, w.g_A_part,
-                 w.g_dts, w.rowsum, w.pi, w.kappa, w.dts, A_log, *d);
+    (doc ? ssd_walk<N, true, true> : ssd_walk<N, true, false>)(
+        d, w, g_xBC, d->S, g_states, g_initial, g_y, d->E, xBC, dt, A_log, D, g_final, doc);
+    ssd_launch(doc ? ssd_g_CB_fast_kernel<N, true> : ssd_g_CB_fast_kernel<N, false>, grid,
+               G_CB_THREADS, sizeof(GcbShared<N>), g_CB, w.g_dts, w.rowsum, w.g_D_part, g_y, xBC,
+               w.cs, w.dts, doc, *d);
+    ssd_launch(ssd_g_BC_fast_kernel<N>, grid, 512, sizeof(GbcShared<N>), g_xBC, w.pi, w.rho,
+               w.kappa, g_CB, states, g_states, g_y, xBC, w.cs, w.dts, doc, *d, initial != NULL,
+               g_final != NULL);
+    ssd_launch(ssd_finish_fast_kernel, dim3(chunks, pieces(d->H, 8), R), 256, 0, g_dt, w.g_A_part,
+               w.g_dts, w.rowsum, w.pi, w.rho, w.kappa, w.dts, A_log, *d);
 }
 
 template<typename floatX>
@@ -1338,13 +1320,12 @@ static void ssd_backward(const Dims *d, floatX *g_xBC, float *g_dt, float *g_A_l
                          const floatX *states, floatX *g_states, const floatX *xBC, const float *dt,
                          const float *A_log, const float *D, const float *initial, const int *doc) {
     bool fast = sizeof(floatX) == sizeof(bf16) && ssd_is_fast(d);
-    SsdWork w(d, fast ? backward_segments(d) : 1);
+    SsdWork w(d);
     if constexpr (sizeof(floatX) == sizeof(bf16)) {
-        auto narrow = doc ? ssd_backward_fast<64, true> : ssd_backward_fast<64, false>;
-        auto wide = doc ? ssd_backward_fast<128, true> : ssd_backward_fast<128, false>;
+        auto backward = d->N <= 64 ? ssd_backward_fast<64> : ssd_backward_fast<128>;
         if (fast) {
-            (d->N <= 64 ? narrow : wide)(d, w, g_xBC, g_dt, g_initial, g_y, g_final, states,
-                                         g_states, xBC, dt, A_log, D, initial, doc);
+            backward(d, w, g_xBC, g_dt, g_initial, g_y, g_final, states, g_states, xBC, dt, A_log,
+                     D, initial, doc);
         }
     }
     if (!fast) {
