@@ -14,7 +14,6 @@
 #pragma once
 #include <limits.h>
 #include <math.h>
-#include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -139,7 +138,7 @@ EMU_ENGINE int pick(uint32_t ready) {   // whose turn it is: one of the bits
 
 // ---- a grid, its blocks and their threads -------------------------------------------------------
 constexpr int MAX_THREADS = 1024, MAX_WARPS = 32, MAX_BARRIERS = 16, STACK = 256 * 1024;
-constexpr int MAX_BLOCKS = 4096, MAX_ARRAYS = 64, MAX_COPIES = 256;
+constexpr int MAX_BLOCKS = 8192, MAX_ARRAYS = 64, MAX_COPIES = 256;
 
 struct Place {                          // in the source
     const char *file;
@@ -174,8 +173,7 @@ typedef void (*WarpCall)(void **slots, unsigned lanes);
 struct Meeting {                        // lanes of a warp that are arriving at a warp call
     unsigned mask, arrived;
     WarpCall call;
-    const char *what;
-    Place at;
+    const Thread *first;
     void *slot[32];                     // each lane's arguments and place for its result
 };
 struct Arrival {                        // of lanes of a warp at a barrier
@@ -203,7 +201,6 @@ struct Block {
     Thread *current;                    // nullptr: the scheduler
     int threads_n, warps_n, live;
     const unsigned *awaits;             // counter of the grid barrier at which its thread 0 waits
-    char *stacks;                       // of all threads
     SharedArray arrays[MAX_ARRAYS];
     int arrays_n;
     size_t static_size;
@@ -337,11 +334,11 @@ EMU_ENGINE void warp_call(const char *what, Place at, unsigned mask, void *slot,
     while (i < w.meetings_n && w.meetings[i].mask != mask) i++;
     Meeting &m = w.meetings[i];
     if (i == w.meetings_n) {
-        m.mask = mask, m.arrived = 0, m.call = call, m.what = what, m.at = at;
+        m.mask = mask, m.arrived = 0, m.call = call, m.first = me;
         w.meetings_n++;
     }
-    if (m.call != call || m.what != what || m.at.line != at.line)
-        fault(text("while other lanes of mask %08x are ", mask) + text(m.what, m.at));
+    if (m.call != call || m.first->what != what || m.first->at.line != at.line)
+        fault(text("while other lanes of mask %08x are ", mask) + text(m.first->what, m.first->at));
     m.slot[me->lane] = slot;
     m.arrived |= 1u << me->lane;
     me->mask = mask;
@@ -367,7 +364,7 @@ EMU_ENGINE void open(Barrier &r) {      // all who wait at r go on
             b->warps[t->warp].ready |= 1u << t->lane;
         }
 }
-enum Part { SYNC, ARRIVE };
+enum Part { WAIT, ARRIVE };
 // Barrier `id` opens when `expected` threads (0: all that have not ended) have come. __syncthreads
 // is barrier 0, for which all must be at the same line. At PTX's numbered barriers warps may meet
 // at different lines, but not the lanes of a warp: the hardware counts warps.
@@ -477,7 +474,9 @@ EMU_ENGINE void end(Thread *me) {
     if (r.arrived && !r.expected && r.arrived == b->live) open(r);
 }
 EMU_ENGINE void fiber() {               // where each thread begins
-    __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+    // the first of all comes from the scheduler, and learns where that has its stack
+    __sanitizer_finish_switch_fiber(nullptr, grid.stack ? nullptr : &grid.stack,
+                                    grid.stack_size ? nullptr : &grid.stack_size);
     __tsan_acquire(&grid.order_start);
     grid.body(grid.args);
     __tsan_release(&grid.order_end);
@@ -492,7 +491,8 @@ EMU_ENGINE void start_thread(Block *b, unsigned i) {
     t->done = false, t->what = nullptr, t->barrier = -1, t->fake = nullptr;
     t->copies_n = t->group = 0;
     if (!t->stack) {
-        t->stack = b->stacks + (size_t)i * STACK;
+        t->stack = (char *)mmap(nullptr, STACK, PROT_READ | PROT_WRITE,
+                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         mprotect(t->stack, 4096, PROT_NONE);        // for stacks that overflow
         t->tsan = __tsan_create_fiber(0);
     }
@@ -501,11 +501,7 @@ EMU_ENGINE void start_thread(Block *b, unsigned i) {
     t->sp = fresh_stack(t->stack, t->stack + STACK - 64 - i % 32 * 256);
 }
 EMU_ENGINE void start_block(Block *&b, long long i) {
-    if (!b) {
-        b = (Block *)calloc(1, sizeof(Block));
-        b->stacks = (char *)mmap(nullptr, (size_t)MAX_THREADS * STACK, PROT_READ | PROT_WRITE,
-                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    }
+    if (!b) b = (Block *)calloc(1, sizeof(Block));
     long long xy = (long long)gridDim.x * gridDim.y;
     b->index = {(unsigned)(i % gridDim.x), (unsigned)(i % xy / gridDim.x), (unsigned)(i / xy)};
     b->threads_n = b->live = blockDim.x * blockDim.y * blockDim.z;
@@ -551,37 +547,27 @@ EMU_ENGINE void run_blocks() {          // those that are alive, until all have 
     for (bool ran = true, live = true; live;) {
         if (!ran) deadlock();
         live = ran = false;
-        for (int k = 0; k < grid.blocks_n; k++) {
-            Block *b = grid.blocks[settings.reverse ? grid.blocks_n - 1 - k : k];
-            ran |= run_block(b);
-            live |= b->live;
+        for (Block **b = grid.blocks; b < grid.blocks + grid.blocks_n; b++) {
+            ran |= run_block(*b);
+            live |= (*b)->live;
         }
     }
 }
 // Blocks run in turn, those of a cooperative launch at once.
 EMU_ENGINE void run_grid(Kernel *kernel, dim3 shape, dim3 dim, size_t dynamic_size,
                          bool cooperative, void (*body)(void *), void *args) {
-    if (EMU_ASAN && !grid.stack) {
-        pthread_attr_t a;
-        pthread_getattr_np(pthread_self(), &a);
-        pthread_attr_getstack(&a, (void **)&grid.stack, &grid.stack_size);
-        pthread_attr_destroy(&a);
-    }
     grid.tsan = __tsan_get_current_fiber();
     grid.kernel = kernel, grid.body = body, grid.args = args;
     grid.dynamic_size = dynamic_size, grid.cooperative = cooperative, grid.at_barrier = 0;
     gridDim = shape, blockDim = dim;
     __tsan_release(&grid.order_start);
     long long total = (long long)shape.x * shape.y * shape.z;
-    if (cooperative) {
-        grid.blocks_n = (int)total;
-        for (int i = 0; i < total; i++) start_block(grid.blocks[i], i);
-        run_blocks();
-    } else for (long long k = 0; k < total; k++) {
+    int n = grid.blocks_n = cooperative ? (int)total : 1;
+    for (long long k = 0; k < total; k += n) {
         // to the thread sanitizer, neighbours have threads of their own: races between them show
         if (EMU_TSAN) std::swap(grid.blocks[0], grid.blocks[1]);
-        grid.blocks_n = 1;
-        start_block(grid.blocks[0], settings.reverse ? total - 1 - k : k);
+        for (int i = 0; i < n; i++)
+            start_block(grid.blocks[i], settings.reverse ? total - 1 - k - i : k + i);
         run_blocks();
     }
     __tsan_acquire(&grid.order_end);
@@ -632,7 +618,7 @@ inline void __syncwarp(unsigned mask = EMU_ALL, EMU_HERE) {
     emu::warp_call("__syncwarp", at, mask, nullptr, nullptr);
     __tsan_acquire(order);
 }
-inline void __syncthreads(EMU_HERE) { emu::barrier("__syncthreads", at, 0, 0, emu::SYNC); }
+inline void __syncthreads(EMU_HERE) { emu::barrier("__syncthreads", at, 0, 0, emu::WAIT); }
 
 // ---- intrinsics ---------------------------------------------------------------------------------
 template<class A, class B> constexpr std::common_type_t<A, B> min(A a, B b) {

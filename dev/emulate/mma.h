@@ -123,15 +123,15 @@ template<int LEFT> EMU_ENGINE void cp_async_wait() {
 
 // ---- other barriers, early launches, numbers ----------------------------------------------------
 inline void barrier_wait(int id, int n, EMU_HERE) {
-    emu::barrier("bar.sync", at, id, n, emu::SYNC);
+    emu::barrier("bar.sync", at, id, n, emu::WAIT);
 }
 inline void barrier_arrive(int id, int n, EMU_HERE) {
     emu::barrier("bar.arrive", at, id, n, emu::ARRIVE);
 }
 inline void grid_barrier(unsigned *arrived, EMU_HERE) {
-    emu::barrier("grid_barrier", at, 0, 0, emu::SYNC);
+    emu::barrier("grid_barrier", at, 0, 0, emu::WAIT);
     if (threadIdx.x == 0) emu::meet_other_blocks(arrived);
-    emu::barrier("grid_barrier", at, 0, 0, emu::SYNC);
+    emu::barrier("grid_barrier", at, 0, 0, emu::WAIT);
 }
 inline void next_may_start() {}         // a launch begins when the one before it has ended
 inline void wait_for_last() {}

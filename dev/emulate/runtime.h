@@ -4,7 +4,6 @@
 #include <chrono>
 #include <deque>
 #include <functional>
-#include <set>
 #include <vector>
 #include "types.h"
 #define CUDART_VERSION 13000
@@ -43,7 +42,7 @@ typedef CUgraph_st *cudaGraph_t, *cudaGraphExec_t;
 
 namespace emu {
 inline CUstream_st default_stream;
-inline std::set<cudaStream_t> streams = {&default_stream};
+inline std::vector<cudaStream_t> streams = {&default_stream};
 inline uint64_t issued = 0;
 inline int captures = 0;                // streams that are being captured
 
@@ -51,7 +50,7 @@ inline cudaStream_t stream_of(cudaStream_t s) { return s ? s : &default_stream; 
 // Does what s was given before that number, and before it what the default stream was given, which
 // waits for all others and they for it.
 inline void finish(cudaStream_t s, uint64_t before = ~0ull) {
-    while (streams.count(s) && !s->queue.empty() && s->queue.front().number < before) {
+    while (!s->queue.empty() && s->queue.front().number < before) {
         Queued next = std::move(s->queue.front());
         s->queue.pop_front();
         for (cudaStream_t other : streams)
@@ -80,12 +79,7 @@ inline cudaError_t finish_all(const char *call) {
 
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
 inline cudaError_t cudaStreamCreate(cudaStream_t *s) {
-    return emu::streams.insert(*s = new CUstream_st), cudaSuccess;
-}
-inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
-    emu::finish(s);
-    emu::streams.erase(s);
-    return delete s, cudaSuccess;
+    return emu::streams.push_back(*s = new CUstream_st), cudaSuccess;
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t s) {
     emu::not_in_capture("cudaStreamSynchronize");
@@ -320,12 +314,7 @@ auto launch(const char *name, void (*f)(P...), dim3 grid, dim3 block, size_t sha
     return [=](P... args) {
         Kernel *k = &kernels[(const void *)f];
         k->name = name;
-        if (cudaError_t e = check_shape(k, grid, block, shared, cooperative)) {
-            fprintf(stderr, "emulate: kernel %s: grid (%u,%u,%u), block (%u,%u,%u), %zu bytes of "
-                    "dynamic shared memory: %s\n", k->name.c_str(), grid.x, grid.y, grid.z, block.x,
-                    block.y, block.z, shared, cudaGetErrorString(e));
-            return last_error = e;
-        }
+        if (cudaError_t e = check_shape(k, grid, block, shared, cooperative)) return last_error = e;
         enqueue(stream, [=] {
             int number = 0;
             (check_argument(k, ++number, args), ...);

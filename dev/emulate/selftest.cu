@@ -434,8 +434,6 @@ static bool test_streams() {
     CHECK(cudaFreeHost(pinned));
     CHECK(cudaEventDestroy(begin));
     CHECK(cudaEventDestroy(done));
-    CHECK(cudaStreamDestroy(work));
-    CHECK(cudaStreamDestroy(copy));
     return ok && ms >= 0;
 }
 static bool test_graph() {
@@ -458,7 +456,6 @@ static bool test_graph() {
     for (int i = 0; i < n; i++) ok &= a[i] == 4 * 9 && b[i] == (i < n / 2 ? 36 : 0);
     CHECK(cudaGraphExecDestroy(replay));
     CHECK(cudaGraphDestroy(graph));
-    CHECK(cudaStreamDestroy(s));
     return ok;
 }
 static bool test_launch_ex() {
@@ -531,7 +528,6 @@ static bool test_cooperative() {
     CHECK(cudaGraphExecDestroy(replay));
     CHECK(cudaGraphDestroy(graph));
     CHECK(cudaFreeHost(result));
-    CHECK(cudaStreamDestroy(s));
     return ok;
 }
 
