@@ -96,7 +96,7 @@ perl $(EMULATE)/launch.pl $< | $(EMUCXX) - -o $@ $(LIBS)
 endef
 builds    = $(addprefix $(EMU_TESTS)/,$1 $1-asan $1-tsan)
 
-$(EMU_TESTS)/%-asan: SAN = -fsanitize=address,undefined
+$(EMU_TESTS)/%-asan: SAN = -fsanitize=address,undefined -fno-sanitize=null,object-size
 $(EMU_TESTS)/%-tsan: SAN = -fsanitize=thread
 
 train_mamba2emu: train_mamba2.cu $(CUDA_H) $(EMU_H)
