@@ -1014,7 +1014,7 @@ static const Test tests[] = {
     { "dt, swiglu", test_all_dt_and_mlp },
     { "linear", test_all_linear },
     { "embed, classifier", test_all_ends },
-    { "generation = parallel", test_all_steps },
+    { "tokens one by one", test_all_tokens },
 #else
     { "embed", test_embed },
     { "rmsnorm", test_rmsnorm },

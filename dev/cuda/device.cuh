@@ -113,3 +113,19 @@ static void launch_early(void (*kernel)(P...), dim3 grid, unsigned threads, size
     config.numAttrs = is_hopper();
     CUDA(cudaLaunchKernelEx(&config, kernel, P(arguments)...));
 }
+// A kernel whose blocks wait for each other: all of them run at once.
+template<class... P, class... A>
+static void launch_together(void (*kernel)(P...), size_t blocks, unsigned threads, size_t shared,
+                            A... arguments) {
+    cudaLaunchAttribute together = {};
+    together.id = cudaLaunchAttributeCooperative;
+    together.val.cooperative = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)blocks);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &together;
+    config.numAttrs = 1;
+    CUDA(cudaLaunchKernelEx(&config, kernel, P(arguments)...));
+}

@@ -35,6 +35,9 @@ __device__ inline void cp_async(void *to, const void *from, bool valid) {
                      :: "r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0) : "memory");
     }
 }
+__device__ inline void prefetch_line(const void *p) {      // 128 bytes, into the L2 cache
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(p));
+}
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template<int LEFT> __device__ inline void cp_async_wait() {    // until so many groups are left
     asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
@@ -66,6 +69,30 @@ __device__ inline void grid_barrier(unsigned *arrived) {
         } while (now >> 31 == before >> 31);
     }
     __syncthreads();
+}
+
+// Numbers from block to block while both run, without a barrier. The last bit of each says whether
+// its round is odd, so the number is its own announcement: a reader waits until it is of the round
+// that it wants. Each is sent once in every round, from round 1 on, in memory that was 0; before
+// the next round all must have read it.
+__device__ inline void send(float *to, float x, unsigned round) {
+    uint32_t bits = (__float_as_uint(x) & ~1u) | (round & 1);
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(to), "r"(bits) : "memory");
+}
+__device__ inline float receive(const float *from, unsigned round) {
+    uint32_t bits;
+    do {
+        asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(bits) : "l"(from) : "memory");
+    } while ((bits ^ round) & 1);
+    return __uint_as_float(bits);
+}
+__device__ inline float4 receive4(const float *from, unsigned round) {
+    uint32_t a, b, c, d;
+    do {
+        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "l"(from) : "memory");
+    } while (((a ^ round) | (b ^ round) | (c ^ round) | (d ^ round)) & 1);
+    return {__uint_as_float(a), __uint_as_float(b), __uint_as_float(c), __uint_as_float(d)};
 }
 
 // Kernels launched early (sm_90): from here on the next one may start; it waits for the end of this

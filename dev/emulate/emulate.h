@@ -65,6 +65,7 @@ extern "C" void AnnotateIgnoreWritesEnd(const char *, int);
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __forceinline__ inline
 #define __align__(n) __attribute__((aligned(n)))    // __shared__ is rewritten by launch.pl
 
@@ -165,6 +166,8 @@ struct Thread {
     Place at;
     unsigned mask;                      // the lanes that it waits for there
     int barrier;                        // at which it waits, or -1
+    const uint32_t *number;             // which it waits for in a receive
+    unsigned round;
     void *fake, *tsan;                  // address, thread sanitizer: its fake stack, its fiber
     AsyncCopy copies[MAX_COPIES];
     int copies_n, group;                // group: that of the next cp.async
@@ -181,7 +184,7 @@ struct Arrival {                        // of lanes of a warp at a barrier
     Place at;
 };
 struct Warp {
-    uint32_t live, ready;               // live: not ended; ready: not waiting either
+    uint32_t live, ready, receiving;    // live: not ended; ready: not waiting either
     Arrival arrivals[MAX_BARRIERS];
     int meetings_n;
     Meeting meetings[32];
@@ -223,7 +226,7 @@ struct Grid {                           // the launch that runs
     void *sp, *fake, *tsan;             // the scheduler's stack pointer, fake stack, fiber
     const void *stack;                  // and its stack, for the address sanitizer
     size_t stack_size;
-    char order_start, order_end;        // happens-before marks: launch to threads, threads to end
+    char order_start, order_end, fence; // happens-before marks: launch to threads, threads to end
 };
 inline Grid grid{};
 inline Block *block = nullptr;          // the one that runs
@@ -417,6 +420,34 @@ EMU_ENGINE void meet_other_blocks(unsigned *counter) {
     __tsan_acquire(order);
 }
 
+// ---- numbers from block to block ----------------------------------------------------------------
+// The last bit of a number tells its round. Who waits for one is looked after by the scheduler.
+EMU_ENGINE bool has_come(const uint32_t *number, unsigned round) {
+    return !((__atomic_load_n(number, __ATOMIC_RELAXED) ^ round) & 1);
+}
+EMU_ENGINE uint32_t receive(const uint32_t *from, unsigned round, Place at) {
+    Thread *me = enter("receive", at);
+    if (!has_come(from, round)) {
+        me->number = from, me->round = round;
+        block->warps[me->warp].receiving |= 1u << me->lane;
+        wait();
+    }
+    return __atomic_load_n(from, __ATOMIC_RELAXED);
+}
+EMU_ENGINE bool wake_receivers(Block *b) {      // are there any whose number has come?
+    bool woken = false;
+    for (int i = 0; i < b->threads_n; i++) {
+        Thread &t = b->threads[i];
+        Warp &w = b->warps[t.warp];
+        uint32_t bit = 1u << t.lane;
+        if (!(w.receiving & bit) || !has_come(t.number, t.round)) continue;
+        w.receiving &= ~bit;
+        w.ready |= bit;
+        woken = true;
+    }
+    return woken;
+}
+
 // ---- shared memory ------------------------------------------------------------------------------
 // New for each block: on the heap, where the address sanitizer sees its ends; without a past for
 // the thread sanitizer; filled with NaN, so that a read before the first write shows.
@@ -515,6 +546,7 @@ EMU_ENGINE void start_block(Block *&b, long long i) {
     for (int w = 0; w < b->warps_n; w++) {
         int left = b->threads_n - w * 32;
         b->warps[w].live = b->warps[w].ready = left >= 32 ? ~0u : (1u << left) - 1;
+        b->warps[w].receiving = 0;
         b->warps[w].meetings_n = 0;
         memset(b->warps[w].arrivals, 0, sizeof b->warps[w].arrivals);
     }
@@ -538,7 +570,8 @@ EMU_ENGINE bool run_block(Block *b) {   // until none of its threads can go on; 
     for (bool ran = false;; ran = true) {
         uint32_t warps = 0;
         for (int w = 0; w < b->warps_n; w++) if (b->warps[w].ready) warps |= 1u << w;
-        if (!warps) return ran;
+        if (!warps && !wake_receivers(b)) return ran;
+        if (!warps) continue;
         int w = pick(warps);
         switch_fibers(nullptr, &b->threads[w * 32 + pick(b->warps[w].ready)]);
     }
@@ -619,6 +652,10 @@ inline void __syncwarp(unsigned mask = EMU_ALL, EMU_HERE) {
     __tsan_acquire(order);
 }
 inline void __syncthreads(EMU_HERE) { emu::barrier("__syncthreads", at, 0, 0, emu::WAIT); }
+inline void __threadfence() {
+    __tsan_acquire(&emu::grid.fence);
+    __tsan_release(&emu::grid.fence);
+}
 
 // ---- intrinsics ---------------------------------------------------------------------------------
 template<class A, class B> constexpr std::common_type_t<A, B> min(A a, B b) {
@@ -629,4 +666,5 @@ template<class A, class B> constexpr std::common_type_t<A, B> max(A a, B b) {
 }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __uint_as_float(unsigned u) { return std::bit_cast<float>(u); }
+inline unsigned __float_as_uint(float f) { return std::bit_cast<unsigned>(f); }
 inline int __ffs(int x) { return __builtin_ffs(x); }

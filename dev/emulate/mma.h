@@ -133,6 +133,20 @@ inline void grid_barrier(unsigned *arrived, EMU_HERE) {
     if (threadIdx.x == 0) emu::meet_other_blocks(arrived);
     emu::barrier("grid_barrier", at, 0, 0, emu::WAIT);
 }
+inline void send(float *to, float x, unsigned round) {
+    uint32_t bits = (__float_as_uint(x) & ~1u) | (round & 1);
+    __atomic_store_n((uint32_t *)to, bits, __ATOMIC_RELAXED);
+}
+inline float receive(const float *from, unsigned round, EMU_HERE) {
+    return __uint_as_float(emu::receive((const uint32_t *)from, round, at));
+}
+inline float4 receive4(const float *from, unsigned round, EMU_HERE) {
+    if ((uintptr_t)from % 16) EMU_FAULT("receive4: not aligned to 16 bytes");
+    float x[4];
+    for (int i = 0; i < 4; i++) x[i] = receive(from + i, round, at);
+    return {x[0], x[1], x[2], x[3]};
+}
+inline void prefetch_line(const void *) {}
 inline void next_may_start() {}         // a launch begins when the one before it has ended
 inline void wait_for_last() {}
 inline float exp2_fast(float x) { return exp2f(x); }

@@ -531,6 +531,45 @@ static bool test_cooperative() {
     return ok;
 }
 
+// In each round all threads get the numbers of all others, and send their mean. They alternate
+// between two rows: who sends a row again has heard from all that they have read it.
+__global__ void send_kernel(float *rows, float *result, int rounds) {
+    int n = gridDim.x * blockDim.x, i = blockIdx.x * blockDim.x + threadIdx.x;
+    float mine = (float)i;
+    for (int r = 0; r < rounds; r++) {
+        float *x = rows + r % 2 * n;
+        send(x + i, mine, r / 2 + 1);
+        mine = 0.0f;
+        for (int k = 0; k < n; k += 8) {
+            float4 four = receive4(x + k, r / 2 + 1);
+            mine += four.x + four.y + four.z + four.w;
+            for (int m = 4; m < 8; m++) {
+                mine += receive(x + k + m, r / 2 + 1);
+            }
+        }
+        mine /= n;
+    }
+    result[i] = mine;
+}
+static bool test_send() {
+    const int threads = 64, rounds = 5;
+    int multiprocessors;
+    CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
+    cudaLaunchAttribute together = {};
+    together.id = cudaLaunchAttributeCooperative;
+    together.val.cooperative = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(multiprocessors), config.blockDim = dim3(threads);
+    config.attrs = &together, config.numAttrs = 1;
+    int n = multiprocessors * threads;
+    Device<float> rows(std::vector<float>(2 * n, 0.0f)), result(n);
+    CHECK(cudaLaunchKernelEx(&config, send_kernel, rows.p, result.p, rounds));
+    CHECK(cudaDeviceSynchronize());
+    bool ok = true;
+    for (float f : result.host()) ok &= fabsf(f - (n - 1) / 2.0f) < 1e-3f;
+    return ok;
+}
+
 // ---- cuBLASLt -----------------------------------------------------------------------------------
 struct Case { bool bf16_in, bf16_out, transA, transB; int m, n, k; float beta; };
 static double element(const float *x, bool trans, int pitch, int i, int j) {
@@ -651,7 +690,7 @@ int main() {
         {"pairs of bf16, exp2", test_pairs_and_powers}, {"copies", test_copies},
         {"offsets beyond 2^31", test_far_offsets}, {"streams and events", test_streams},
         {"graph", test_graph}, {"cudaLaunchKernelEx", test_launch_ex},
-        {"cooperative launch, pinned memory", test_cooperative},
+        {"cooperative launch, pinned memory", test_cooperative}, {"send and receive", test_send},
         {"cublasLtMatmul", test_cublas},
         {"conflicts and fresh memory", test_shim},
     };

@@ -401,39 +401,72 @@ static void test_all_ends(void) {
     test_ends<bf16, bf16>({3, 67, 24, 1, 8, 8, 1, 16, 4, 0, 56});
 }
 
-// ---- generation: v = y silu(z) by one step of the recurrence a token, and by the parallel form --
-template<typename floatX> static void test_steps(const Sizes &s) {
-    Dims d(dims_of<cpu::Dims>(s));
-    size_t T = d.T, state = d.H * d.N * d.P;
-    Values zxBCdt = normals(T * d.pitch), got, want;
-    Tensor<floatX> z(zxBCdt), x(T * d.S), y(T * d.E), S(state * d.chunks);
-    Tensor<float> w(normals(d.S * d.W)), b(normals(d.S)), A_log(normals(d.H)), D(normals(d.H));
-    Tensor<float> bias(normals(d.H)), dt(T * d.H), last(state), v(d.E);
-    Tensor<float> rows(z.v), ring(Values(d.W * d.pitch, 0.0)), now(Values(state, 0.0));
-    conv1d_forward(&d, x.x, z.x, w.x, b.x, (floatX *)NULL, NULL);
-    dt_forward(&d, dt.x, z.x, bias.x);
-    ssd_forward(&d, y.x, S.x, last.x, x.x, dt.x, A_log.x, D.x, NULL, NULL);
-    Values ys = y.get();
-    Step *step = device_alloc<Step>(1);
-    on_device.push_back(step);
-    for (size_t t = 0; t < T; t++) {
-        Step at = {0, (int)t, 0};
-        CUDA(cudaMemcpy(step, &at, sizeof at, cudaMemcpyHostToDevice));
-        CUDA(cudaMemcpy(ring.x + t % d.W * d.pitch, rows.x + t * d.pitch, d.pitch * sizeof(float),
-                        cudaMemcpyDeviceToDevice));
-        ssd_recurrence<floatX>(&d, v.x, now.x, ring.x, w.x, b.x, bias.x, A_log.x, D.x, step);
-        Values vs = v.get();
-        for (size_t e = 0; e < d.E; e++) {
-            double gate = z.v[t * d.pitch + e];
-            got.push_back(vs[e]);
-            want.push_back(ys[t * d.E + e] * gate / (1 + exp(-gate)));
+// ---- generation: whole models, a token at a time ------------------------------------------------
+// Logits against the CPU's in double, and each token against cpu::sample with the same logits.
+template<typename floatX>
+static void test_tokens(const Sizes &s, size_t L, int tied, size_t prompt, double temperature) {
+    auto c = dims_of<cpu::Dims>(s);
+    auto c64 = dims_of<cpu64::Dims>(s);
+    c.L = c.kept = c64.L = c64.kept = L, c.tied = c64.tied = tied;
+    c.vocab = c64.vocab = s.V - 3;
+    static cpu64::Model judge, recurrent;
+    cpu64::model_allocate(&judge, &c64, 0);
+    cpu64::model_init(&judge, 1);
+    std::vector<float> weights(judge.size);
+    for (size_t i = 0; i < judge.size; i++) {
+        if (judge.weights + i >= judge.w.embedding + s.V * s.M) judge.weights[i] *= 2;
+        judge.weights[i] = weights[i] = (float)(floatX)(float)judge.weights[i];
+    }
+    static cudaStream_t of_graphs;                  // the default one cannot be captured
+    if (!of_graphs) CUDA(cudaStreamCreate(&of_graphs));
+    stream = of_graphs;
+    Model<floatX, float> m = {};
+    cpu::Model host = {};
+    host.d = c;
+    m.d = Dims(c);
+    cpu::param_specs(&c, m.specs);
+    m.weights = device_alloc<float>(judge.size);
+    m.copies = device_alloc<floatX>(judge.size);
+    upload(m.weights, weights.data(), judge.size);
+    upload(m.copies, weights.data(), judge.size);
+    m.w = params_at(m.weights, m.specs);
+    m.x = params_at(m.copies, m.specs);
+
+    std::vector<int> tokens(prompt);
+    for (int &id : tokens) id = (int)uniform(0, (double)c.vocab);
+    cpu64::sampler_open(&recurrent, &judge, prompt);
+    const double *want = cpu64::sampler_feed(&recurrent, tokens.data(), prompt);
+    cpu64::sampler_recurrent(&recurrent);
+    cpu::flags.temperature = temperature;
+    {
+        Sampler<Model<floatX, float>> sampler(&m, &host, prompt);
+        std::vector<float> logits(s.V);
+        sampler.feed(tokens.data(), prompt);
+        for (int i = 0; i < 5; i++) {              // more than W
+            sampler.issue(i, 1);
+            int id = sampler.wait(i);
+            download(logits.data(), sampler.t.logits, s.V);
+            expect(error(Values(logits.begin(), logits.end()), Values(want, want + s.V)),
+                   prompt > 1 ? 2 * bound<floatX>(1e-6) : 4e-6, "logits");
+            double u = cpu::random_uniform((uint64_t)cpu::flags.seed, 1, (uint64_t)i);
+            int same = cpu::sample(logits.data(), c.vocab, temperature, 0, 1, u);
+            expect(id == same ? 0 : 1, 0, "token");
+            want = cpu64::sampler_feed(&recurrent, &id, 1);
         }
     }
-    expect(error(got, want), bound<floatX>(0), "v");
-    expect(error(now.get(), last.get()), bound<floatX>(0), "state");
-    free_device();
+    free(recurrent.acts);
+    free(judge.acts);
+    free(judge.weights);
+    CUDA(cudaFree(m.weights));
+    CUDA(cudaFree(m.copies));
+    stream = NULL;
 }
-static void test_all_steps(void) {
-    test_steps<float>({1, 11, 8, 4, 10, 6, 2, 8, 4, 0, 16});
-    test_steps<bf16>({1, 11,  8, 4, 18, 6, 2, 8, 3, 0, 16});
+static void test_all_tokens(void) {
+    test_tokens<float>({1, 11, 24, 4, 10, 6, 2, 8, 4, 0, 53}, 3, 1, 1, 0.8);   // odd sizes
+    test_tokens<bf16>({1, 11, 24, 4, 18, 6, 2, 8, 3, 20, 61}, 2, 0, 1, 0);
+    test_tokens<bf16>({1, 11, 64, 6, 16, 16, 2, 8, 4, 40, 1024}, 3, 1, 1, 0.8);      // 6 units
+    test_tokens<bf16>({1, 11, 272, 4, 64, 130, 1, 8, 1, 0, 64}, 2, 0, 7, 0.8);  // N > 128
+    sums_at_once = 64;                              // the head in slabs
+    test_tokens<float>({1, 11, 136, 1, 136, 16, 1, 8, 4, 0, 800}, 1, 1, 5, 0.8);
+    sums_at_once = 4096;
 }

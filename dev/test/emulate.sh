@@ -13,6 +13,7 @@ try "the two programs mirror each other" dev/test/mirror.sh
 for order in reverse 1; do
     EMU_ORDER=$order try "ops, order $order" build/emu/test_mamba2
 done
+EMU_MULTIPROCESSORS=16 try "tokens by 16 blocks" build/emu/test_mamba2 "tokens one"
 tiny="--d-model 32 --n-layer 2 --headdim 8 --d-state 12 --batch 2 --seq-len 45"
 quiet="--eval-every 0 --sample-every 0 --plot 0 --log-every 100"
 for more in "" "--packed --eot 10" "--ngroups 2 --d-conv 3 --tie 0" "--d-intermediate 24 --recompute"; do
