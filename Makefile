@@ -87,7 +87,7 @@ EMULATE  := dev/emulate
 EMU_TESTS := build/emu
 EMU_H    := $(wildcard $(EMULATE)/*.h $(EMULATE)/include/*.h dev/cuda/ptx.cuh) $(EMULATE)/launch.pl
 EMUCXX    = $(CXX) -std=c++20 -x c++ -iquote . -I $(EMULATE) -I $(EMULATE)/include \
-            -include $(EMULATE)/runtime.h -Wall -Wextra -Wno-unknown-pragmas -Wno-sign-compare \
+            -include $(EMULATE)/runtime.h -Wall -Wextra -Wno-unknown-pragmas \
             -Wno-unused-function $(EMU) $(SAN) -march=$(MARCH) -ffp-contract=fast \
             $(if $(findstring thread,$(SAN)),,-fopenmp)
 define emulated

@@ -487,7 +487,7 @@ ssd_walk_kernel(bf16 *out, size_t out_pitch, bf16 *states, float *final, const f
 
     if (all_warp < 8) {                            // ---- state warps ----
         int n0 = warp * (N / 4);
-        auto inside = [&](int n, int p) { return n < d.N && p < P; };
+        auto inside = [&](size_t n, int p) { return n < d.N && p < P; };
         auto load_BC = [&](const Walk &w, int chunk, int to) {
             load_B<N, BACK>(sm.B, false, w, chunk, xBC, d, me);
             load_B<N, BACK>(sm.C, true, w, chunk, xBC, d, me);
@@ -796,11 +796,11 @@ ssd_g_CB_fast_kernel(bf16 *g_CB, float *g_dts, float *rowsum, float *g_D_part, c
         sm.l_decay[i % 2][me] = decay(next_cs - a, same(me, me & ~15));
     };
     auto finish = [&](int i) {                     // add up the blocks' sums
-        size_t at = steps + i * (size_t)chunks * FQ;
+        int step = me % FQ;
         if (me < 2 * FQ) {
-            const float *part = (me < FQ ? sm.over_s : sm.over_l)[i % 2][0] + me % FQ;
-            (me < FQ ? rowsum : g_dts)[at + me % FQ] =
-                part[0] + part[FQ] + (part[2 * FQ] + part[3 * FQ]);
+            const float *part = (me < FQ ? sm.over_s[i % 2][0] : sm.over_l[i % 2][0]) + step;
+            float *to = (me < FQ ? rowsum : g_dts) + steps + i * (size_t)chunks * FQ;
+            to[step] = part[0] + part[FQ] + (part[2 * FQ] + part[3 * FQ]);
         } else if (me == 2 * FQ) {
             const float *part = sm.trace[i % 2];
             g_D_part[number * d.H + first + i] = part[0] + part[1] + (part[2] + part[3]);
@@ -1015,10 +1015,11 @@ ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, float *rho, float *kappa, const bf1
         if (me == 0) sm.through[i % 2] = decay(last, passed);
     };
     auto finish = [&](int i) {                     // add up what the warps have
+        int step = me % FQ;
         if (me < 2 * FQ) {
             const float (*dots)[FQ] = sm.dots[i % 2][me / FQ];
-            (me < FQ ? pi : rho)[steps + i * (size_t)chunks * FQ + me % FQ] =
-                dots[0][me % FQ] + dots[1][me % FQ];
+            float *to = (me < FQ ? pi : rho) + steps + i * (size_t)chunks * FQ;
+            to[step] = dots[0][step] + dots[1][step];
         } else if (warp == 8) {
             float sum = warp_sum(lane < 16 ? sm.kappa[i % 2][lane] : 0.0f);
             if (lane == 0) kappa[number * d.H + first + i] = sum;

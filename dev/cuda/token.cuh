@@ -394,7 +394,7 @@ struct Worker {                            // a block
                 }
                 send(t.v + head * t.P + first + i, y * xBC[z + i], sent);
             }
-            if (next + gridDim.x < t.units) __syncthreads();
+            if (next + (int)gridDim.x < t.units) __syncthreads();
         }
     }
     // A layer's small tensors, and its states, into the L2 cache: a tensor a warp
@@ -502,7 +502,7 @@ struct Worker {                            // a block
         int token = now.time - t.W, turn = now.time / t.W, newest = now.time - turn * t.W;
         unsigned vs = token * t.L, resids = token * (t.L * t.kinds / 2 + 1) + 1;       // rounds
         int warps = MATRICES * TOKEN_WARPS;
-        if (threadIdx.x < warps) deal(threadIdx.x / TOKEN_WARPS, threadIdx.x % TOKEN_WARPS);
+        if ((int)threadIdx.x < warps) deal(threadIdx.x / TOKEN_WARPS, threadIdx.x % TOKEN_WARPS);
         __syncthreads();
         int first = shares[OUT_PROJ][0].start;
         for (int r = threadIdx.x; r < shares[OUT_PROJ][0].rows; r += TOKEN_THREADS) {
