@@ -67,30 +67,24 @@ __host__ __device__ inline unsigned pieces(size_t count, size_t each) {
     return (unsigned)((count + each - 1) / each);
 }
 
+static size_t device_attribute(cudaDeviceAttr which) {
+    int device, value;
+    CUDA(cudaGetDevice(&device));
+    CUDA(cudaDeviceGetAttribute(&value, which, device));
+    return (size_t)value;
+}
 // Shared memory that a block may have, and asking for more than the 48 KB that every block may.
 static size_t shared_room() {
-    static int device, room;
-    if (!room) {
-        CUDA(cudaGetDevice(&device));
-        CUDA(cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    }
-    return (size_t)room;
+    static const size_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    return room;
 }
 static size_t multiprocessors() {
-    static int device, count;
-    if (!count) {
-        CUDA(cudaGetDevice(&device));
-        CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    }
-    return (size_t)count;
+    static const size_t count = device_attribute(cudaDevAttrMultiProcessorCount);
+    return count;
 }
 static bool is_hopper() {                      // or newer
-    static int device, major;
-    if (!major) {
-        CUDA(cudaGetDevice(&device));
-        CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    }
-    return major >= 9;
+    static const bool hopper = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+    return hopper;
 }
 template<class Kernel>
 static void allow_shared(Kernel kernel, size_t bytes) {
