@@ -1723,10 +1723,9 @@ template<typename floatX, typename residX> struct Acts {
     }
 };
 
-template<typename FloatX, typename ResidX>
+template<typename FloatX, typename residX>
 struct Model {
     typedef FloatX floatX;
-    typedef ResidX residX;
     cpu::Model *host;
     Dims d = Dims(cpu::Dims());
     cpu::Spec specs[cpu::PARAM_COUNT], act_specs[cpu::ACT_COUNT];

@@ -90,36 +90,35 @@ template<class Kernel>
 static void allow_shared(Kernel kernel, size_t bytes) {
     CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
 }
-// A kernel that may begin before the one before it has ended, where the GPU can do that (see
-// wait_for_last)
 template<class... P, class... A>
-static void launch_early(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared,
-                         A... arguments) {
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+static void launch_with(cudaLaunchAttribute attribute, bool has_attribute,
+                        void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared,
+                        A... arguments) {
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared;
     config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = is_hopper();
+    config.attrs = &attribute;
+    config.numAttrs = has_attribute;
     CUDA(cudaLaunchKernelEx(&config, kernel, P(arguments)...));
 }
+// A kernel that may begin before the one before it has ended, where the GPU can do that (see
+// wait_for_last)
+template<class Kernel, class... A>
+static void launch_early(Kernel kernel, dim3 grid, unsigned threads, size_t shared,
+                         A... arguments) {
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    launch_with(early, is_hopper(), kernel, grid, threads, shared, arguments...);
+}
 // A kernel whose blocks wait for each other: all of them run at once.
-template<class... P, class... A>
-static void launch_together(void (*kernel)(P...), size_t blocks, unsigned threads, size_t shared,
+template<class Kernel, class... A>
+static void launch_together(Kernel kernel, size_t blocks, unsigned threads, size_t shared,
                             A... arguments) {
     cudaLaunchAttribute together = {};
     together.id = cudaLaunchAttributeCooperative;
     together.val.cooperative = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)blocks);
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    config.attrs = &together;
-    config.numAttrs = 1;
-    CUDA(cudaLaunchKernelEx(&config, kernel, P(arguments)...));
+    launch_with(together, true, kernel, dim3((unsigned)blocks), threads, shared, arguments...);
 }
