@@ -385,43 +385,54 @@ struct Conv {
         return pre;
     }
 };
-// The next AT_ONCE rows of x, `left` channels of each; zeros from row `last` on
-template<bool WIDE, class Pack, typename floatX>
-__device__ inline void fetch_steps(Pack next[AT_ONCE], const floatX *&x, size_t pitch, int left,
-                                   int t, int last) {
-    UNROLL for (int k = 0; k < AT_ONCE; k++) {
-        next[k] = fetch<WIDE, Pack::COUNT>(x, 0, t + k < last ? left : 0);
-        x += pitch;
+// Rows of a matrix, the next AT_ONCE of them on their way: take gives row number k of those, and
+// asks for the one AT_ONCE below it, or for zeros if there is none.
+template<bool WIDE, typename floatX, int CHANNELS>
+struct Stream {
+    const floatX *next;                                    // the row to ask for
+    size_t pitch;
+    int left;
+    Packed<floatX, CHANNELS> ahead[AT_ONCE];
+
+    __device__ Stream(const floatX *first, size_t pitch, int left, int rows)
+        : next(first), pitch(pitch), left(left) {
+        UNROLL for (int k = 0; k < AT_ONCE; k++) {
+            ask(k, k < rows);
+        }
     }
-}
+    __device__ void ask(int k, bool there) {
+        ahead[k] = fetch<WIDE, CHANNELS>(next, 0, there ? left : 0);
+        next += pitch;
+    }
+    __device__ VecOf<CHANNELS> take(int k, bool more) {
+        VecOf<CHANNELS> now = ahead[k].unpacked();
+        ask(k, more);
+        return now;
+    }
+};
 
 template<int TAPS, bool WIDE, bool PACKED, typename floatX>
 __global__ void __launch_bounds__(256, (LEAN<WIDE, floatX>) ? 3 : 1)
 conv1d_forward_kernel(floatX *xBC, const floatX *zxBCdt, const float *w, const float *b,
-                      const floatX *past, const int *doc, Dims d, int steps) {
+                      const floatX *past, const int *doc, Dims d, int steps, int slices) {
     typedef Conv<TAPS, WIDE, PACKED, floatX> Conv;
-    int c = (blockIdx.y * 32 + threadIdx.x % 32) * Conv::CHANNELS;
-    int t0 = (blockIdx.x * 8 + threadIdx.x / 32) * steps, last = min(t0 + steps, (int)d.T);
-    size_t r = blockIdx.z;
-    if (c >= (int)d.S || t0 >= (int)d.T) return;
+    constexpr int CHANNELS = Conv::CHANNELS;
+    int c = (blockIdx.y * 32 + threadIdx.x % 32) * CHANNELS;
+    int slice = blockIdx.x * 8 + threadIdx.x / 32, r = slice / slices;
+    int t0 = (slice - r * slices) * steps, last = min(t0 + steps, (int)d.T);
+    if (c >= (int)d.S || r >= (int)d.R) return;
     Conv conv(d, r, c, zxBCdt, w, b, past, doc);
-    typename Conv::Pack ahead[AT_ONCE];
-    const floatX *from = conv.rows + t0 * d.pitch;
+    Stream<WIDE, floatX, CHANNELS> in(conv.rows + t0 * d.pitch, d.pitch, conv.left, last - t0);
     floatX *to = xBC + (r * d.T + t0) * d.S + c;
     conv.start(t0);
-    fetch_steps<WIDE>(ahead, from, d.pitch, conv.left, t0, last);
-    for (int t = t0; t < last; t += AT_ONCE) {
-        typename Conv::Channels x[AT_ONCE];
+    for (int t = t0, rest = last - t0; t < last; t += AT_ONCE, rest -= AT_ONCE) {
         UNROLL for (int k = 0; k < AT_ONCE; k++) {
-            x[k] = ahead[k].unpacked();
-        }
-        fetch_steps<WIDE>(ahead, from, d.pitch, conv.left, t + AT_ONCE, last);
-        UNROLL for (int k = 0; k < AT_ONCE; k++) {
-            x[k] = conv.next(conv.reach(min(t + k, last - 1)), x[k]);
-            UNROLL for (int i = 0; i < Conv::CHANNELS; i++) {
-                x[k].v[i] *= sigmoid<floatX>(x[k].v[i]);
+            int far = conv.reach(min(t + k, last - 1));
+            typename Conv::Channels x = conv.next(far, in.take(k, k + AT_ONCE < rest));
+            UNROLL for (int i = 0; i < CHANNELS; i++) {
+                x.v[i] *= sigmoid<floatX>(x.v[i]);
             }
-            store<WIDE>(to, 0, t + k < last ? conv.left : 0, x[k]);
+            store<WIDE>(to, 0, k < rest ? conv.left : 0, x);
             to += d.S;
         }
     }
@@ -439,20 +450,22 @@ static void by_taps(const Dims *d, const int *doc, F f) {
     else if (d->S % 8 == 0 && d->E % 8 == 0) with(Four(), std::true_type());
     else with(Four(), std::false_type());
 }
-// Eight slices of `steps` steps to a block. Blocks run in waves, of which the last may be nearly
-// empty: this many steps, and `more` that a thread goes beyond its own, end soonest.
+// A warp has a slice of a row, `steps` steps, of 32 threads' channels; a block has eight slices.
+// Blocks run in waves, of which the last may be nearly empty: with this many steps, and `more` that
+// a thread goes beyond its own, they end soonest.
 struct ConvGrid {
-    int steps;
+    int steps, slices;                                     // slices of a row
     dim3 blocks;
     ConvGrid(const Dims *d, size_t blocks_of_multiprocessor, size_t more) {
-        unsigned channels = pieces(d->S, d->W <= 4 ? 128 : 64), R = (unsigned)d->R;
+        unsigned channels = pieces(d->S, d->W <= 4 ? 128 : 64);
         size_t wave = multiprocessors() * blocks_of_multiprocessor, least = SIZE_MAX;
         for (int n = AT_ONCE; n <= 64 * AT_ONCE; n += AT_ONCE) {
-            dim3 grid(pieces(d->T, 8 * n), channels, R);
-            size_t time = pieces((size_t)grid.x * channels * R, wave) * (n + more);
+            dim3 grid(pieces(d->R * pieces(d->T, n), 8), channels);
+            size_t time = pieces((size_t)grid.x * channels, wave) * (n + more);
             if (time >= least) continue;
             least = time;
             steps = n;
+            slices = (int)pieces(d->T, n);
             blocks = grid;
         }
     }
@@ -467,86 +480,75 @@ static void conv1d_forward(const Dims *d, floatX *xBC, const floatX *zxBCdt, con
     ConvGrid grid = conv_forward_grid(d);
     by_taps(d, doc, [&](auto TAPS, auto WIDE, auto PACKED) {
         conv1d_forward_kernel<TAPS(), WIDE(), PACKED(), floatX>
-            <<<grid.blocks, 256, 0, stream>>>(xBC, zxBCdt, w, b, past, doc, *d, grid.steps);
+            <<<grid.blocks, 256, 0, stream>>>(xBC, zxBCdt, w, b, past, doc, *d, grid.steps,
+                                               grid.slices);
     });
     LAUNCHED();
 }
 
 // A thread goes TAPS - 1 steps past its own: g_in_t needs g_pre up to t + TAPS - 1. due[k] is what
 // g_in has so far at the step that is under tap k. Past the end g is 0, and so is all that comes of
-// it. parts (grid.x * R, S W | S): of g_w and g_b.
+// it. parts (grid.x, S W | S): of g_w and g_b.
 template<int TAPS, bool WIDE, bool PACKED, typename floatX>
 __global__ void __launch_bounds__(256, (LEAN<WIDE, floatX>) ? 2 : 1)
 conv1d_backward_kernel(floatX *g_zxBCdt, float *parts, const floatX *g_xBC, const floatX *zxBCdt,
                        const float *w, const float *b, const floatX *past, const int *doc, Dims d,
-                       int own_steps) {
+                       int own_steps, int slices) {
     typedef Conv<TAPS, WIDE, PACKED, floatX> Conv;
     typedef typename Conv::Channels Channels;
     constexpr int CHANNELS = Conv::CHANNELS, ACROSS = 32 * CHANNELS;
     __shared__ float sums[TAPS + 1][8][ACROSS];
-    int lane = threadIdx.x % 32, slice = threadIdx.x / 32, T = d.T;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, T = d.T;
     int c = blockIdx.y * ACROSS + lane * CHANNELS;
-    int t0 = min((int)(blockIdx.x * 8 + slice) * own_steps, T), own = min(t0 + own_steps, T);
-    int last = min(own + TAPS - 1, T);
-    size_t r = blockIdx.z;
+    int slice = blockIdx.x * 8 + warp, r = min(slice / slices, (int)d.R - 1);
+    int t0 = min((slice - r * slices) * own_steps, T), own = min(own_steps, T - t0);
+    int count = min(own + TAPS - 1, T - t0);               // steps of its own, and in all
     Conv conv(d, r, c, zxBCdt, w, b, past, doc);
-    const floatX *from = conv.rows + t0 * d.pitch, *from_g = g_xBC + (r * T + t0) * d.S + c;
-    floatX *to = g_zxBCdt + (r * T + t0) * d.pitch + d.E + c;
+    Stream<WIDE, floatX, CHANNELS> in(conv.rows + t0 * d.pitch, d.pitch, conv.left, count);
+    Stream<WIDE, floatX, CHANNELS> in_g(g_xBC + (r * T + t0) * d.S + c, d.S, conv.left, count);
+    floatX *to = g_zxBCdt + (r * T + t0 - (TAPS - 1)) * (ptrdiff_t)d.pitch + d.E + c;
     Channels due[TAPS] = {}, g_w[TAPS + 1] = {};           // g_w[TAPS]: g_b
-    typename Conv::Pack ahead[AT_ONCE], ahead_g[AT_ONCE];
-    auto fetch_both = [&](int t) {
-        fetch_steps<WIDE>(ahead, from, d.pitch, conv.left, t, last);
-        fetch_steps<WIDE>(ahead_g, from_g, d.S, conv.left, t, last);
-    };
-    auto step = [&](int t, const Channels &now, Channels g, bool of_own) {
-        int far = conv.reach(min(t, T - 1)), done = t - (TAPS - 1);
-        Channels pre = conv.next(far, now);
-        UNROLL for (int k = 1; k < TAPS; k++) {
-            due[k - 1] = due[k];
-        }
-        due[TAPS - 1] = Channels{};
-        UNROLL for (int i = 0; i < CHANNELS; i++) {
-            float s = sigmoid<floatX>(pre.v[i]);
-            g.v[i] *= s * (1.0f + pre.v[i] * (1.0f - s));
-            if (of_own) g_w[TAPS].v[i] += g.v[i];
-        }
-        UNROLL for (int k = 0; k < TAPS; k++) {
-            if (TAPS - 1 - k > far) continue;
-            UNROLL for (int i = 0; i < CHANNELS; i++) {
-                due[k].v[i] += conv.w[k].v[i] * g.v[i];
-                if (of_own) g_w[k].v[i] += conv.in[k].v[i] * g.v[i];
+    auto steps = [&](int i, bool of_own) {                 // AT_ONCE of them from t0 + i on
+        UNROLL for (int k = 0; k < AT_ONCE; k++) {
+            int far = conv.reach(min(t0 + i + k, T - 1)), done = i + k - (TAPS - 1);
+            bool more = i + k + AT_ONCE < count;
+            Channels pre = conv.next(far, in.take(k, more)), g = in_g.take(k, more);
+            UNROLL for (int j = 1; j < TAPS; j++) {
+                due[j - 1] = due[j];
             }
-        }
-        if (done < t0) return;
-        store<WIDE>(to, 0, done < own ? conv.left : 0, due[0]);
-        to += d.pitch;
-    };
-    auto steps = [&](int t, bool of_own) {
-        typename Conv::Pack in[AT_ONCE], g[AT_ONCE];
-        UNROLL for (int k = 0; k < AT_ONCE; k++) {
-            in[k] = ahead[k], g[k] = ahead_g[k];
-        }
-        fetch_both(t + AT_ONCE);
-        UNROLL for (int k = 0; k < AT_ONCE; k++) {
-            step(t + k, in[k].unpacked(), g[k].unpacked(), of_own);
+            due[TAPS - 1] = Channels{};
+            UNROLL for (int ch = 0; ch < CHANNELS; ch++) {
+                float s = sigmoid<floatX>(pre.v[ch]);
+                g.v[ch] *= s * (1.0f + pre.v[ch] * (1.0f - s));
+                if (of_own) g_w[TAPS].v[ch] += g.v[ch];
+            }
+            UNROLL for (int j = 0; j < TAPS; j++) {
+                if (TAPS - 1 - j > far) continue;
+                UNROLL for (int ch = 0; ch < CHANNELS; ch++) {
+                    due[j].v[ch] += conv.w[j].v[ch] * g.v[ch];
+                    if (of_own) g_w[j].v[ch] += conv.in[j].v[ch] * g.v[ch];
+                }
+            }
+            bool there = (unsigned)done < (unsigned)own;
+            store<WIDE>(to, 0, there ? conv.left : 0, due[0]);
+            to += d.pitch;
         }
     };
     conv.start(t0);
-    fetch_both(t0);
-    int t = t0;
-    for (; t < own; t += AT_ONCE) {
-        steps(t, true);
+    int i = 0;
+    for (; i < own; i += AT_ONCE) {
+        steps(i, true);
     }
-    for (; t < own + TAPS - 1; t += AT_ONCE) {
-        steps(t, false);
+    for (; i < own + TAPS - 1; i += AT_ONCE) {
+        steps(i, false);
     }
     UNROLL for (int k = 0; k <= TAPS; k++) {
         UNROLL for (int i = 0; i < CHANNELS; i++) {
-            sums[k][slice][lane * CHANNELS + i] = g_w[k].v[i];
+            sums[k][warp][lane * CHANNELS + i] = g_w[k].v[i];
         }
     }
     __syncthreads();
-    parts += (r * gridDim.x + blockIdx.x) * d.S * (d.W + 1);
+    parts += blockIdx.x * d.S * (d.W + 1);
     for (int i = threadIdx.x; i < (TAPS + 1) * ACROSS; i += 256) {
         int k = i / ACROSS, column = i % ACROSS, tap = k + (int)d.W - TAPS;
         size_t channel = blockIdx.y * ACROSS + column;
@@ -565,11 +567,12 @@ static void conv1d_backward(const Dims *d, floatX *g_zxBCdt, float *g_w, float *
                             const floatX *g_xBC, const floatX *zxBCdt, const float *w,
                             const float *b, const floatX *past, const int *doc) {
     ConvGrid grid = conv_backward_grid(d);
-    size_t count = grid.blocks.x * d->R, weights = d->S * d->W, pitch = weights + d->S;
+    size_t count = grid.blocks.x, weights = d->S * d->W, pitch = weights + d->S;
     float *parts = workspace(count * pitch);
     by_taps(d, doc, [&](auto TAPS, auto WIDE, auto PACKED) {
         conv1d_backward_kernel<TAPS(), WIDE(), PACKED(), floatX><<<grid.blocks, 256, 0, stream>>>(
-            g_zxBCdt, parts, g_xBC, zxBCdt, w, b, past, doc, *d, grid.steps);
+            g_zxBCdt, parts, g_xBC, zxBCdt, w, b, past, doc, *d, grid.steps,
+            grid.slices);
     });
     LAUNCHED();
     add_parts(g_w, parts, count, weights, pitch);
