@@ -29,16 +29,6 @@ template<typename floatX> __device__ inline float sigmoid(float x) {
     return sizeof(floatX) == sizeof(float) ? 1.0f / e : __fdividef(1.0f, e);
 }
 
-// Two bf16 in a register.
-__device__ inline uint32_t pack(float low, float high) {
-    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    uint32_t bits;
-    memcpy(&bits, &pair, 4);
-    return bits;
-}
-__device__ inline float low(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ inline float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
-
 // ---- rows: 8 neighbouring columns a thread ------------------------------------------------------
 // Kernels that go over rows give each thread K vectors of 8 columns, a block's width apart; what
 // lies past the last column reads as zeros. K is a template argument, so that all stays in
@@ -62,15 +52,11 @@ template<typename X, int SIZE> struct Packed {
     Word words[WORDS];
 
     __device__ VecOf<COUNT> unpacked() const {
+        X element[COUNT];
         VecOf<COUNT> x;
-        if (sizeof(X) == sizeof(float)) {
-            memcpy(x.v, words, sizeof words);
-        } else {
-            uint32_t pairs[(COUNT + 1) / 2];
-            memcpy(pairs, words, sizeof words);
-            UNROLL for (int i = 0; i < COUNT; i++) {
-                x.v[i] = i % 2 ? high(pairs[i / 2]) : low(pairs[i / 2]);
-            }
+        memcpy(element, words, sizeof element);
+        UNROLL for (int i = 0; i < COUNT; i++) {
+            x.v[i] = (float)element[i];
         }
         return x;
     }

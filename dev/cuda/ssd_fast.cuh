@@ -11,6 +11,16 @@
 constexpr int FQ = 128, FP = 64;                   // steps of a chunk; columns of a head, padded
 constexpr int PAD = 8;                            // of rows in shared memory, where they are padded
 
+// Two bf16 in a register.
+__device__ inline uint32_t pack(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    uint32_t bits;
+    memcpy(&bits, &pair, 4);
+    return bits;
+}
+__device__ inline float low(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ inline float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
 __device__ inline float decay(float exponent, bool same_document) {
     return same_document ? exp2_fast(fminf(exponent, 0.0f)) : 0.0f;
 }
