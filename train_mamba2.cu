@@ -1283,9 +1283,9 @@ static void ssd_backward_fast(const Dims *d, const SsdWork &w, bf16 *g_xBC, floa
     ssd_launch(doc ? ssd_g_CB_fast_kernel<N, true> : ssd_g_CB_fast_kernel<N, false>, grid,
                G_CB_THREADS, sizeof(GcbShared<N>), g_CB, w.g_dts, w.rowsum, w.g_D_part, g_y, xBC,
                w.cs, w.dts, doc, *d);
-    ssd_launch(ssd_g_BC_fast_kernel<N>, grid, 512, sizeof(GbcShared<N>), g_xBC, w.pi, w.rho,
-               w.kappa, g_CB, states, g_states, g_y, xBC, w.cs, w.dts, doc, *d, initial != NULL,
-               g_final != NULL);
+    ssd_launch(ssd_g_BC_fast_kernel<N>, grid, G_BC_THREADS, sizeof(GbcShared<N>), g_xBC, w.pi,
+               w.rho, w.kappa, g_CB, states, g_states, g_y, xBC, w.cs, w.dts, doc, *d,
+               initial != NULL, g_final != NULL);
     ssd_launch(ssd_finish_fast_kernel, dim3(chunks, pieces(d->H, 8), R), 256, 0, g_dt, w.g_A_part,
                w.g_dts, w.rowsum, w.pi, w.rho, w.kappa, w.dts, A_log, *d);
 }

@@ -118,9 +118,14 @@ __device__ inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(0x80008000u));     // + -0
     return y;
 }
-// What is computed from an opaque value is computed again at each use, not kept in registers.
-__device__ inline int opaque(int x) {
+// What is computed from an opaque value, a float or a 32-bit integer, is computed again at each use,
+// not kept in registers; and it is computed here itself, not further down.
+template<typename X> __device__ inline X opaque(X x) {
     asm volatile("" : "+r"(x));
+    return x;
+}
+__device__ inline float opaque(float x) {
+    asm volatile("" : "+f"(x));
     return x;
 }
 #else

@@ -71,12 +71,14 @@ template<int ROWS, int COLS, int PADDED, int THREADS>
 __device__ inline void load_tile(bf16 *to, const bf16 *from, int pitch, int rows, int cols,
                                  int me) {
     constexpr int STEP = THREADS / (COLS / 8);             // rows at once
+    static_assert(PADDED || STEP % 8 == 0, "all rows of a thread are permuted alike");
     int row = me / (COLS / 8), col = me % (COLS / 8) * 8;
     bool inside = col < cols;
     from += row * pitch + col;
+    to += at<COLS, PADDED>(row, col);
     UNROLL for (int i = 0; i < ROWS / STEP; i++, from += STEP * pitch) {
         bool valid = inside && row + i * STEP < rows;
-        cp_async<16>(to + at<COLS, PADDED>(row + i * STEP, col), from, valid);
+        cp_async<16>(to + i * STEP * (COLS + PADDED), from, valid);
     }
 }
 template<int ROWS, int COLS, int PADDED, int THREADS> // and back
@@ -728,20 +730,20 @@ static int walk_length(const Dims *d) {
 }
 
 // ---- backward 3: g_CB, and the sums of G --------------------------------------------------------
-// A block per chunk and group loops over the heads of the group. Each of its 10 warps has one of
-// the 32x32 blocks (s,l) on or above the diagonal:
+// A block per chunk and group loops over the heads of the group:
 //   V = x g_y^T;  g_CB^T += V o L dt;  G = V o CB^T o L dt: its sums over s, and over l without dt
-// L of a 16x16 tile above the diagonal is exp2(cs_l - cs of the tile's first l) exp2(that - cs of
-// its last s) exp2(that - cs_s). CB, here in float, lies in shared memory, a lane's part of each
-// tile together.
-constexpr int G_CB_THREADS = 320;
-__device__ inline int tile_number(int i, int j) { return i * (17 - i) / 2 + j - i; }   // i <= j < 8
+// in tiles (i,j) of 16x16, i <= j. Strip j is those of one j; its factor of L, with a = 16 j, is
+// exp2(cs_a - cs_s) exp2(cs_l - cs_a). Strips w and 7 - w, w < 4, have 9 tiles together, in the
+// order (w,w), (0,w) .. (w-1,w), (0,7-w) .. (7-w,7-w). Warp w has the first five, warp w + 4 the
+// others; it also copies, and adds up the sums. CB, here in float, lies in shared memory, a lane's
+// part of each tile together.
+constexpr int G_CB_THREADS = 256;
 template<int N> struct GcbShared {
     bf16 xy[2][2 * FQ * FP];                       // x, g_y of two heads; at first B and C
-    float4 CB[CB_TILES][2][32];                    // tile; its left and right half; lane
-    float cs[2][FQ], dt[2][FQ], s_decay[2][FQ], l_decay[2][FQ];
-    float over_s[2][4][FQ], over_l[2][4][FQ];      // of G, by block of s, of l
-    float trace[2][4];                             // of V, by block
+    float4 CB[4][9][2][32];                        // w; tile; its left and right half; lane
+    float2 steps[2][FQ];                           // cs, dt
+    float over_l[2][8][FQ], over_s[2][2][FQ];      // sums of G, by strip; by warps w and w + 4
+    float trace[2][64];                            // V's, in parts
     int doc[FQ];
 };
 
@@ -753,211 +755,246 @@ ssd_g_CB_fast_kernel(bf16 *g_CB, float *g_dts, float *rowsum, float *g_D_part, c
     GcbShared<N> &sm = *(GcbShared<N> *)shared;
     next_may_start();
     wait_for_last();
-    int me = threadIdx.x, lane = me % 32, warp = __shfl_sync(~0u, me / 32, 0), g = lane / 4,
-        t4 = lane % 4;
-    auto fresh = [&] {                             // addresses made of these are worked out again
-        lane = opaque(threadIdx.x) & 31;
-        g = lane / 4;
-        t4 = lane % 4;
-    };
+    int me = threadIdx.x % 128, lane = me % 32, g = lane / 4, t4 = lane % 4;
+    int w = __shfl_sync(~0u, me / 32, 0), second = __shfl_sync(~0u, threadIdx.x / 128, 0);
     int c = blockIdx.x, chunks = d.chunks, heads = d.H / d.G, first = blockIdx.y * heads;
     int rows = min(FQ, (int)d.T - c * FQ), P = d.P;
     size_t r = blockIdx.z, token = r * d.T + c * FQ, number = r * chunks + c;
-    size_t steps = ((r * d.H + first) * chunks + c) * FQ;        // of this chunk and the first head
     const bf16 *x_from = xBC + token * d.S + first * P, *gy_from = g_y + token * d.E + first * P;
+    size_t by_head = (size_t)chunks * FQ;
+    size_t steps = ((r * d.H + first) * chunks + c) * FQ - by_head;        // a head before
     auto load = [&](int i) {                       // head after head
         auto copy = [&](int rows) {
             bf16 *to = sm.xy[i % 2];
-            load_tile<FQ, FP, 0, 256>(to, x_from, d.S, rows, P, me);
-            load_tile<FQ, FP, 0, 256>(to + FQ * FP, gy_from, d.E, rows, P, me);
+            load_tile<FQ, FP, 0, 128>(to, x_from, d.S, rows, P, me);
+            load_tile<FQ, FP, 0, 128>(to + FQ * FP, gy_from, d.E, rows, P, me);
         };
-        if (me < 256 && rows == FQ) copy(FQ);      // with fewer comparisons
-        else if (me < 256) copy(rows);
+        if (rows == FQ) copy(FQ);                  // with fewer comparisons
+        else copy(rows);
+        cp_async<4>(&sm.steps[i % 2][me].x, cs + steps + by_head + me, true);
+        cp_async<4>(&sm.steps[i % 2][me].y, dts + steps + by_head + me, true);
         cp_async_commit();
         x_from += P;
         gy_from += P;
     };
-    const float *cs_from = cs + steps + me, *dt_from = dts + steps + me;
-    float next_cs = 0.0f, next_dt = 0.0f;          // of step `me`
-    auto fetch = [&] {
-        if (me >= FQ) return;
-        next_cs = *cs_from;
-        next_dt = *dt_from;
-        cs_from += chunks * FQ;
-        dt_from += chunks * FQ;
+    auto finish = [&](int i) {                     // add up what the warps have
+        float sum = 0.0f;
+        UNROLL for (int j = 0; j < 8; j++) {
+            sum += sm.over_l[i % 2][j][me];
+        }
+        g_dts[steps + me] = sum;
+        rowsum[steps + me] = sm.over_s[i % 2][0][me] + sm.over_s[i % 2][1][me];
+        if (w != 0) return;
+        float trace = warp_sum(sm.trace[i % 2][lane] + sm.trace[i % 2][lane + 32]);
+        if (lane == 0) g_D_part[number * d.H + first + i] = trace;         // x g_y^T's
     };
     auto same = [&](int l, int s) { return !DOCS || sm.doc[l] == sm.doc[s]; };
-    auto put = [&](int i) {
-        if (me >= FQ) return;
-        float a = __shfl_sync(~0u, next_cs, lane & 16), z = __shfl_sync(~0u, next_cs, lane | 15);
-        sm.cs[i % 2][me] = next_cs;
-        sm.dt[i % 2][me] = next_dt;
-        sm.s_decay[i % 2][me] = decay(z - next_cs, same(me | 15, me));
-        sm.l_decay[i % 2][me] = decay(next_cs - a, same(me, me & ~15));
-    };
-    auto finish = [&](int i) {                     // add up the blocks' sums
-        int step = me % FQ;
-        if (me < 2 * FQ) {
-            const float *part = (me < FQ ? sm.over_s[i % 2][0] : sm.over_l[i % 2][0]) + step;
-            float *to = (me < FQ ? rowsum : g_dts) + steps + i * (size_t)chunks * FQ;
-            to[step] = part[0] + part[FQ] + (part[2 * FQ] + part[3 * FQ]);
-        } else if (me == 2 * FQ) {
-            const float *part = sm.trace[i % 2];
-            g_D_part[number * d.H + first + i] = part[0] + part[1] + (part[2] + part[3]);
-        }
-    };
-    // The blocks (I,J) of the warps: warps w and w + 4 share a scheduler
-    int I = 0x3221101000 >> 4 * warp & 3, J = 0x3233102321 >> 4 * warp & 3;
-    bool on_diagonal = I == J;
-    if (DOCS && me < FQ) sm.doc[me] = doc[token + min(me, rows - 1)];
-    for (int i = me; i < 2 * 4 * FQ; i += G_CB_THREADS) {          // no block below the diagonal
-        (&sm.over_s[0][0][0])[i] = 0.0f;
-        (&sm.over_l[0][0][0])[i] = 0.0f;
+    auto strip_of = [&](int k) { return k <= w ? w : 7 - w; };
+    auto row_of = [&](int k) { return k == 0 ? w : k <= w ? k - 1 : k - 1 - w; };
+
+    if (DOCS && second) sm.doc[me] = doc[token + min(me, rows - 1)];
+    UNROLL for (int j = 0; j < 8; j++) {           // what no warp has stays so
+        sm.over_l[second][j][me] = 0.0f;
     }
-    fetch();
-    if (me < 256) {
-        const bf16 *B = xBC + token * d.S + d.E + blockIdx.y * d.N;
-        load_tile<FQ, N, 0, 256>(sm.xy[0], B, d.S, rows, d.N, me);
-        load_tile<FQ, N, 0, 256>(sm.xy[1], B + d.G * d.N, d.S, rows, d.N, me);
-    }
+    sm.over_s[second][1][me] = 0.0f;
+    const bf16 *B = xBC + token * d.S + d.E + blockIdx.y * d.N;
+    load_tile<FQ, N, 0, 128>(sm.xy[second], B + second * d.G * d.N, d.S, rows, d.N, me);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
-    UNROLL for (int ii = 0; ii < 2; ii++) {
-        UNROLL for (int jj = 0; jj < 2; jj++) {
-            if (on_diagonal && ii > jj) continue;
-            float v[2][4] = {};
-            UNROLL for (int k = 0; k < N; k += 16) {
-                uint32_t a[4], b[4];
-                load_a<N, 0>(a, sm.xy[0], 32 * I + 16 * ii, k, lane);
-                load_b<N, 0>(b, sm.xy[1], 32 * J + 16 * jj, k, lane);
-                mma(v[0], a, b);
-                mma(v[1], a, b + 2);
-            }
-            UNROLL for (int n = 0; n < 2; n++) {
-                sm.CB[tile_number(2 * I + ii, 2 * J + jj)][n][lane] =
-                    make_float4(v[n][0], v[n][1], v[n][2], v[n][3]);
-            }
+    #pragma unroll 1
+    for (int k = 5 * second; k < 5 + 4 * second; k++) {
+        float v[2][4] = {};
+        UNROLL for (int n = 0; n < N; n += 16) {
+            uint32_t a[4], b[4];
+            load_a<N, 0>(a, sm.xy[0], 16 * row_of(k), n, lane);
+            load_b<N, 0>(b, sm.xy[1], 16 * strip_of(k), n, lane);
+            mma(v[0], a, b);
+            mma(v[1], a, b + 2);
+        }
+        UNROLL for (int n = 0; n < 2; n++) {
+            sm.CB[w][k][n][lane] = make_float4(v[n][0], v[n][1], v[n][2], v[n][3]);
         }
     }
-    put(0);
     __syncthreads();
-    load(0);
-    float g_cb[2][2][2][4] = {};                   // ii, jj, n: the sum over heads
+    if (second) load(0);
+    float g_cb[5][2][4] = {};                      // the sum over heads
     #pragma unroll 1
     for (int i = 0; i < heads; i++) {
         cp_async_wait<0>();
         __syncthreads();                         // head i is here; everyone is done with head i - 1
-        if (i > 0) finish(i - 1);
-        if (i + 1 < heads) {
-            load(i + 1);
-            fetch();
-        }
-        fresh();
+        if (second && i > 0) finish(i - 1);
+        steps += by_head;
+        if (second && i + 1 < heads) load(i + 1);
         const bf16 *x = sm.xy[i % 2], *gy = x + FQ * FP;
-        const float *my_cs = sm.cs[i % 2], *my_dt = sm.dt[i % 2];
-        const float *s_decay = sm.s_decay[i % 2], *l_decay = sm.l_decay[i % 2];
-        float over_s[8] = {}, trace = 0.0f;
-        UNROLL for (int ii = 0; ii < 2; ii++) {
-            float over_l[2] = {};
-            int s0 = 32 * I + 16 * ii, s = s0 + g;         // the lane's other row is s + 8
-            float dt[2] = {my_dt[s], my_dt[s + 8]};
-            UNROLL for (int jj = 0; jj < 2; jj++) {
-                if (on_diagonal && ii > jj) continue;
-                int l0 = 32 * J + 16 * jj;
-                float v[2][4] = {}, L[2][4];
-                UNROLL for (int k = 0; k < FP; k += 16) {
-                    uint32_t a[4], b[4];
-                    load_a<FP, 0>(a, x, s0, k, lane);
-                    load_b<FP, 0>(b, gy, l0, k, lane);
-                    mma(v[0], a, b);
-                    mma(v[1], a, b + 2);
+        const float2 *step = sm.steps[i % 2];
+        uint32_t b[4][4];                          // g_y of a strip
+        float v[2][2][4];                          // V of two tiles
+        const bf16 *rows_of_x = x + 16 * FP * w;   // tile k's begin 16 k after that
+        auto product = [&](int k) {                // V of tile k, while tile k - 1 is added
+            if (k == 1) rows_of_x = x - 16 * FP;
+            if (k < 6) if (k == 0 || k == 5 || k == w + 1) {
+                UNROLL for (int p = 0; p < 4; p++) {
+                    load_b<FP, 0>(b[p], gy + 16 * FP * (k ? 7 - w : w), 0, 16 * p, lane);
                 }
-                if (on_diagonal && ii == jj) {
-                    trace += diagonal_part(v, g, t4);
-                    UNROLL for (int e = 0; e < 8; e++) {
-                        int le = l0 + e / 4 * 8 + 2 * t4 + e % 2, se = s + e / 2 % 2 * 8;
-                        L[e / 4][e % 4] =
-                            decay(my_cs[le] - my_cs[se], le >= se && same(le, se));
-                    }
-                } else {
-                    float between = decay(my_cs[l0] - my_cs[s0 + 15], same(l0, s0 + 15));
-                    float upper = between * s_decay[s], lower = between * s_decay[s + 8];
-                    UNROLL for (int n = 0; n < 2; n++) {
-                        float2 after = *(const float2 *)&l_decay[l0 + 8 * n + 2 * t4];
-                        L[n][0] = upper * after.x;
-                        L[n][1] = upper * after.y;
-                        L[n][2] = lower * after.x;
-                        L[n][3] = lower * after.y;
-                    }
-                }
-                UNROLL for (int n = 0; n < 2; n++) {
-                    float4 tile = sm.CB[tile_number(2 * I + ii, 2 * J + jj)][n][lane];
-                    float cb[4] = {tile.x, tile.y, tile.z, tile.w};
-                    UNROLL for (int e = 0; e < 4; e++) {
-                        float VL = v[n][e] * L[n][e], G = VL * cb[e];
-                        g_cb[ii][jj][n][e] += VL * dt[e / 2];
-                        over_s[4 * jj + 2 * n + e % 2] += G * dt[e / 2];
-                        over_l[e / 2] += G;
-                    }
+                if (k) rows_of_x = x - 16 * FP * (1 + w);
+            }
+            UNROLL for (int e = 0; e < 8; e++) {
+                v[k % 2][e / 4][e % 4] = 0.0f;
+            }
+            UNROLL for (int p = 0; p < 4; p++) {
+                uint32_t a[4];
+                load_a<FP, 0>(a, rows_of_x, 16 * k, 16 * p, lane);
+                mma(v[k % 2][0], a, b[p]);
+                mma(v[k % 2][1], a, b[p] + 2);
+            }
+        };
+        // What a strip has of columns 8 (m/2) + 2 t4 + m%2. Tile k's s is at 16 k after step_s, and
+        // its sums go to 16 k after to_l.
+        float cs_a, cs_l[4], after_a[4], over_s[4], *to_l = NULL;
+        const float2 *step_s = NULL;
+        auto shift = [&](int j, int by) {
+            step_s = step + 16 * by + g;
+            to_l = sm.over_l[i % 2][j] + 16 * by + g + t4 % 2 * 8;
+        };
+        auto enter = [&](int j) {
+            const float2 *a = step + 16 * j;
+            cs_a = a->x;
+            UNROLL for (int m = 0; m < 4; m++) {
+                int l = m / 2 * 8 + 2 * t4 + m % 2;
+                cs_l[m] = a[l].x;
+                after_a[m] = decay(cs_l[m] - cs_a, same(16 * j + l, 16 * j));
+                over_s[m] = 0.0f;
+            }
+        };
+        auto leave = [&](int j) {  // 4 columns a thread, 8 threads a column: halve, halve, and add
+            bool right = g & 4, odd = g & 2;
+            float sum[2];
+            UNROLL for (int m = 0; m < 2; m++) {
+                sum[m] = (right ? over_s[2 + m] : over_s[m]) +
+                         __shfl_xor_sync(~0u, right ? over_s[m] : over_s[2 + m], 16);
+            }
+            float one = (odd ? sum[1] : sum[0]) + __shfl_xor_sync(~0u, odd ? sum[0] : sum[1], 8);
+            one += __shfl_xor_sync(~0u, one, 4);
+            int l = 16 * j + 2 * (g & 4) + 2 * t4 + (g & 2) / 2;
+            if (g % 2 == 0) sm.over_s[i % 2][second][l] = one;
+        };
+        auto add = [&](int k) {                    // tile k, in a strip that was entered
+            bool on_diagonal = k % 8 == 0;
+            int s0 = 16 * row_of(k), a = 16 * strip_of(k);
+            float before_a[2] = {1.0f, 1.0f}, over_l[2] = {};
+            float2 of_s[2] = {step_s[16 * k], step_s[16 * k + 8]};         // rows g and g + 8
+            if (on_diagonal && g / 2 == t4) {
+                sm.trace[i % 2][32 * second + 8 * w + g] = diagonal_part(v[k % 2], g, t4);
+            }
+            UNROLL for (int e = 0; e < 8; e++) {
+                int m = e / 4 * 2 + e % 2, l = m / 2 * 8 + 2 * t4 + m % 2, s = g + e / 2 % 2 * 8;
+                float &V = v[k % 2][e / 4][e % 4];
+                if (!on_diagonal) V *= after_a[m];
+                else V *= decay(cs_l[m] - of_s[e / 2 % 2].x, l >= s && same(a + l, s0 + s));
+            }
+            if (!on_diagonal) {
+                before_a[0] = decay(cs_a - of_s[0].x, same(a, s0 + g));
+                before_a[1] = decay(cs_a - of_s[1].x, same(a, s0 + g + 8));
+            }
+            float scale[2] = {before_a[0] * of_s[0].y, before_a[1] * of_s[1].y};
+            UNROLL for (int n = 0; n < 2; n++) {
+                float4 tile = sm.CB[w][k][n][lane];
+                float cb[4] = {tile.x, tile.y, tile.z, tile.w};
+                UNROLL for (int e = 0; e < 4; e++) {
+                    float V = v[k % 2][n][e], G = V * cb[e];
+                    g_cb[k % 5][n][e] = opaque(g_cb[k % 5][n][e] + V * scale[e / 2]);
+                    over_s[2 * n + e % 2] += G * scale[e / 2];
+                    over_l[e / 2] += G;
                 }
             }
-            UNROLL for (int e = 0; e < 2; e++) {
-                float sum = quad_sum(over_l[e]);
-                if (t4 == 0) sm.over_l[i % 2][J][s + 8 * e] = sum;
+            bool lower = t4 % 2;                   // lanes 0, 2 of four: row g, lanes 1, 3: g + 8
+            float sum = lower ? over_l[1] : over_l[0];
+            sum += __shfl_xor_sync(~0u, lower ? over_l[0] : over_l[1], 1);
+            sum += __shfl_xor_sync(~0u, sum, 2);
+            sum *= lower ? before_a[1] : before_a[0];
+            if (t4 < 2) to_l[16 * k] = sum;
+        };
+        if (second) {
+            product(5);
+            enter(7 - w);
+            shift(7 - w, -1 - w);
+            UNROLL for (int k = 5; k < 9; k++) {
+                if (k < 8) product(k + 1);
+                add(k);
+            }
+        } else {
+            product(0);
+            enter(w);
+            shift(w, w);
+            UNROLL for (int k = 0; k < 5; k++) {
+                if (k < 4) product(k + 1);
+                if (k == 1) shift(w, -1);
+                if (k > 0) if (k == w + 1) {
+                    leave(w);
+                    enter(7 - w);
+                    shift(7 - w, -1 - w);
+                }
+                add(k);
             }
         }
-        // 8 columns a thread, 8 threads a column: halve until each has the sum of column number g
-        UNROLL for (int half = 4; half; half /= 2) {
-            bool up = g & half;
-            UNROLL for (int k = 0; k < half; k++) {
-                float give = up ? over_s[k] : over_s[k + half];
-                float keep = up ? over_s[k + half] : over_s[k];
-                over_s[k] = keep + __shfl_xor_sync(~0u, give, 4 * half);
-            }
-        }
-        sm.over_s[i % 2][I][32 * J + g / 2 * 8 + 2 * t4 + g % 2] = over_s[0];
-        if (on_diagonal) {
-            trace = warp_sum(trace);               // of x g_y^T: for g_D
-            if (lane == 0) sm.trace[i % 2][I] = trace;
-        }
-        if (i + 1 < heads) put(i + 1);
+        leave(7 - w);
     }
     __syncthreads();
-    finish(heads - 1);
-    uint32_t *out = (uint32_t *)(g_CB + (number * d.G + blockIdx.y) * FQ * FQ);        // (s,l)
-    UNROLL for (int m = 0; m < 8; m++) {
-        int ii = m / 4, jj = m / 2 % 2, n = m % 2, column = (16 * jj + 8 * n) / 2 + t4;
-        UNROLL for (int e = 0; e < 2; e++) {
-            float *v = &g_cb[ii][jj][n][2 * e];
-            int row = 16 * ii + g + 8 * e;
-            uint32_t pair = on_diagonal && ii > jj ? 0u : pack(v[0], v[1]);
-            out[(32 * I + row) * (FQ / 2) + 16 * J + column] = pair;
-            if (!on_diagonal) out[(32 * J + row) * (FQ / 2) + 16 * I + column] = 0u;
+    if (second) finish(heads - 1);
+    bf16 *out = g_CB + (number * d.G + blockIdx.y) * FQ * FQ + g * FQ + 2 * t4;        // (s,l)
+    UNROLL for (int q = 0; q < 5; q++) {
+        int k = q + 5 * second, i = 16 * row_of(k), j = 16 * strip_of(k);
+        if (k == 9) break;
+        UNROLL for (int m = 0; m < 4; m++) {
+            int down = m % 2 * 8, right = m / 2 * 8;
+            const float *v = &g_cb[q][m / 2][m % 2 * 2];
+            *(uint32_t *)(out + (i + down) * FQ + j + right) = pack(v[0], v[1]);
+            if (i < j) *(uint32_t *)(out + (j + down) * FQ + i + right) = 0;
         }
     }
 }
 
 // ---- backward 4: g_C with pi, g_B with rho, and kappa -------------------------------------------
-// A block per chunk and group: 8 warps for g_C, 8 for g_B, 32 rows x N/2 each. First the product
-// with g_CB, then one for every head, all in one accumulator, with the rows scaled in operand A:
+// A block per chunk and group: 4 warps for g_C, 4 for g_B, 32 rows each, of all columns. First the
+// product with g_CB, then one for every head, in the same accumulators, with the rows scaled in
+// operand A:
 //   g_C = g_CB^T B (g_CB being stored (s,l)) + sum over heads of diag(exp(cs)) g_y S^T
 //   g_B = g_CB C                             + sum over heads of diag(dt exp(cs_last - cs)) x gS^T
 // pi = C . (a head's part of g_C) is the growth of C . accumulator; rho, with B and g_B, likewise.
 // kappa = exp(cs_last) <S, gS>, as both are here.
 // Of a first chunk without an initial state, S is zero, and gS of a last one without g_final; they
 // are not in memory.
+constexpr int G_BC_THREADS = 256;
+template<int N> constexpr int G_BC_RING = N > 64 ? 3 : 4;
+template<int N> struct GbcHead {
+    bf16 in[2][FQ * FP], states[2][N * FP];        // g_y, x; S, gS
+};
 template<int N> struct GbcShared {
-    bf16 in[2][2][FQ * FP];                        // of two heads: g_y, x; at first g_CB
-    bf16 states[2][2][N * FP];                     // of two heads: S, gS
-    bf16 CB[2][FQ * (N + PAD)];                    // C, B
-    uint32_t scale[2][2][FQ];                      // of two heads: of g_y, x; twice each
-    float through[2];                              // of two heads
-    float dots[2][2][2][FQ], kappa[2][16];         // of two heads: C, B; half of the columns
+    union {
+        GbcHead<N> ring[G_BC_RING<N>];
+        struct {
+            GbcHead<N> head;                       // comes meanwhile
+            bf16 CB[2][FQ * N], g_CB[FQ * FQ];     // C, B
+        } first;
+        bf16 out[2][FQ * N];                       // g_C, g_B
+    };
+    float kappa[2][64];                            // of two heads, in parts
 };
 
+// Lane t4 of each four gets the sum of v[t4] over the four.
+__device__ inline float quad_sums(const float v[4], int t4) {
+    bool odd = t4 & 1, upper = t4 & 2;
+    float two[2];
+    UNROLL for (int m = 0; m < 2; m++) {
+        two[m] = (odd ? v[2 * m + 1] : v[2 * m]) +
+                 __shfl_xor_sync(~0u, odd ? v[2 * m] : v[2 * m + 1], 1);
+    }
+    return (upper ? two[1] : two[0]) + __shfl_xor_sync(~0u, upper ? two[0] : two[1], 2);
+}
+
 template<int N>
-__global__ void __launch_bounds__(512, 1)
+__global__ void __launch_bounds__(G_BC_THREADS)
 ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, float *rho, float *kappa, const bf16 *g_CB,
                      const bf16 *states, const bf16 *g_states, const bf16 *g_y, const bf16 *xBC,
                      const float *cs, const float *dts, const int *doc, Dims d, bool has_initial,
@@ -966,68 +1003,59 @@ ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, float *rho, float *kappa, const bf1
     GbcShared<N> &sm = *(GbcShared<N> *)shared;
     next_may_start();
     wait_for_last();
-    constexpr int J = N / 16;
+    constexpr int RING = G_BC_RING<N>;
     int me = threadIdx.x, lane = me % 32, warp = __shfl_sync(~0u, me / 32, 0), g = lane / 4,
         t4 = lane % 4;
-    int of_B = warp / 8, m0 = warp / 2 % 4 * 32, n0 = warp % 2 * (N / 2);
+    int of_B = warp / 4, m0 = warp % 4 * 32;
     int c = blockIdx.x, chunks = d.chunks, heads = d.H / d.G, first = blockIdx.y * heads, P = d.P;
     int rows = min(FQ, (int)d.T - c * FQ);
     size_t r = blockIdx.z, token = r * d.T + c * FQ, number = r * chunks + c;
-    size_t steps = ((r * d.H + first) * chunks + c) * FQ;        // of this chunk and the first head
-    int half = me / 256, pitch = half ? d.S : d.E; // half of the threads copies g_y, S, half x, gS
-    bool zero = half ? c + 1 == chunks && !has_g_final : c == 0 && !has_initial;
-    const bf16 *from = (half ? xBC : g_y) + token * pitch + first * P;
-    const bf16 *state_from = (half ? g_states : states) + (number * d.H + first) * d.N * P;
+
+    // Half of the threads copies g_y and S, half x and gS.
+    int pitch = of_B ? d.S : d.E;
+    bool zero = of_B ? c + 1 == chunks && !has_g_final : c == 0 && !has_initial;
+    const bf16 *from = (of_B ? xBC : g_y) + token * pitch + first * P;
+    const bf16 *state_from = (of_B ? g_states : states) + (number * d.H + first) * d.N * P;
     auto load = [&](int i) {                       // head after head
-        bf16 *in = sm.in[i % 2][half], *state = sm.states[i % 2][half];
+        bf16 *in = sm.ring[i % RING].in[of_B], *state = sm.ring[i % RING].states[of_B];
         auto copy = [&](int rows, int state_rows) {
-            load_tile<FQ, FP, 0, 256>(in, from, pitch, rows, P, me % 256);
-            load_tile<N, FP, 0, 256>(state, state_from, P, state_rows, P, me % 256);
+            load_tile<FQ, FP, 0, 128>(in, from, pitch, rows, P, me % 128);
+            load_tile<N, FP, 0, 128>(state, state_from, P, state_rows, P, me % 128);
         };
-        if (rows == FQ && d.N == N && !zero) copy(FQ, N);          // with fewer comparisons
-        else copy(rows, zero ? 0 : d.N);
+        if (i < heads) {
+            if (rows == FQ && d.N == N && !zero) copy(FQ, N);      // with fewer comparisons
+            else copy(rows, zero ? 0 : d.N);
+        }
         cp_async_commit();
         from += P;
         state_from += d.N * P;
     };
-    // Thread k < FQ has step k of g_C, the next FQ ones that of g_B
+    // Step m0 + 8 t4 + g is this lane's: the scale of its row, pi or rho
+    int step = m0 + 8 * t4 + g;
     bool reached = true, passed = true;            // from the other end of the chunk; all of it
     if (doc) {
         const int *docs = doc + token;
         int before = c > 0 ? docs[-1] : 0, last = docs[rows - 1];
-        reached = docs[min(me % FQ, rows - 1)] == (me < FQ ? before : last);
+        reached = docs[min(step, rows - 1)] == (of_B ? last : before);
         passed = before == last;
     }
-    float mine = 0.0f, last = 0.0f, dt = 0.0f;     // what the scale of the next head is made of
-    const float *cs_from = cs + steps, *dt_from = dts + steps;
+    size_t steps = ((r * d.H + first) * chunks + c) * FQ + step;
+    float *dots = (of_B ? rho : pi) + steps;
+    float mine = 0.0f, last = 0.0f, dt = 0.0f;     // cs of the next head: of the step, the last one
     auto fetch = [&] {
-        if (me >= 2 * FQ) return;
-        mine = cs_from[me % FQ];
-        last = cs_from[FQ - 1];
-        dt = dt_from[me % FQ];
-        cs_from += chunks * FQ;
-        dt_from += chunks * FQ;
+        mine = cs[steps];
+        last = cs[steps - step + FQ - 1];
+        if (of_B) dt = dts[steps];
+        steps += chunks * FQ;
     };
-    auto put = [&](int i) {
-        if (me >= 2 * FQ) return;
-        float f = me < FQ ? decay(mine, reached) : dt * decay(last - mine, reached);
-        sm.scale[i % 2][me / FQ][me % FQ] = pack(f, f);
-        if (me == 0) sm.through[i % 2] = decay(last, passed);
+    auto finish = [&](int i) {                     // add up kappa's parts
+        if (warp != 0) return;
+        float sum = warp_sum(sm.kappa[i % 2][lane] + sm.kappa[i % 2][lane + 32]);
+        if (lane == 0) kappa[number * d.H + first + i] = sum;
     };
-    auto finish = [&](int i) {                     // add up what the warps have
-        int step = me % FQ;
-        if (me < 2 * FQ) {
-            const float (*dots)[FQ] = sm.dots[i % 2][me / FQ];
-            float *to = (me < FQ ? pi : rho) + steps + i * (size_t)chunks * FQ;
-            to[step] = dots[0][step] + dots[1][step];
-        } else if (warp == 8) {
-            float sum = warp_sum(lane < 16 ? sm.kappa[i % 2][lane] : 0.0f);
-            if (lane == 0) kappa[number * d.H + first + i] = sum;
-        }
-    };
-    float acc[2][J][4] = {}, dot_before[4];
+    float acc[2][N / 8][4] = {};
     auto multiply = [&](const uint32_t a[2][4], auto load) {       // load(b, j): two columns' tiles
-        UNROLL for (int j = 0; j < J; j += 2) {
+        UNROLL for (int j = 0; j < N / 8; j += 2) {
             uint32_t b[4];
             load(b, j);
             UNROLL for (int m = 0; m < 2; m++) {
@@ -1036,100 +1064,125 @@ ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, float *rho, float *kappa, const bf1
             }
         }
     };
-    auto dot = [&](int m) {                        // C or B . accumulator in row m0 + 8 m + g
-        float sum = 0.0f;
-        UNROLL for (int j = 0; j < J; j++) {
-            int place = at<N, PAD>(m0 + 8 * m, n0 + 8 * j, g, 2 * t4);
-            uint32_t pair = *(const uint32_t *)&sm.CB[of_B][place];
-            const float *v = &acc[m / 2][j][m % 2 * 2];
-            sum += v[0] * low(pair) + v[1] * high(pair);
-        }
-        return quad_sum(sum);
-    };
 
-    const bf16 *B = xBC + token * d.S + d.E + blockIdx.y * d.N, *C = B + d.G * d.N;
-    load_tile<FQ, N, PAD, 512>(sm.CB[0], C, d.S, rows, d.N, me);
-    load_tile<FQ, N, PAD, 512>(sm.CB[1], B, d.S, rows, d.N, me);
-    load_tile<FQ, FQ, 0, 512>(sm.in[1][0], g_CB + (number * d.G + blockIdx.y) * FQ * FQ, FQ, FQ,
-                              FQ, me);
-    cp_async_commit();
     load(0);
+    const bf16 *B = xBC + token * d.S + d.E + blockIdx.y * d.N, *C = B + d.G * d.N;
+    load_tile<FQ, N, 0, G_BC_THREADS>(sm.first.CB[0], C, d.S, rows, d.N, me);
+    load_tile<FQ, N, 0, G_BC_THREADS>(sm.first.CB[1], B, d.S, rows, d.N, me);
+    load_tile<FQ, FQ, 0, G_BC_THREADS>(sm.first.g_CB,
+                                       g_CB + (number * d.G + blockIdx.y) * FQ * FQ, FQ, FQ, FQ,
+                                       me);
+    cp_async_commit();
     fetch();
-    put(0);
-    cp_async_wait<1>();
+    cp_async_wait<0>();
     __syncthreads();
-    _Pragma("unroll 2") for (int k = 0; k < FQ; k += 16) {
+    #pragma unroll 1
+    for (int k = of_B ? m0 : 0, end = of_B ? FQ : m0 + 32; k < end; k += 16) {
         uint32_t a[2][4];
         UNROLL for (int m = 0; m < 2; m++) {
-            if (of_B) load_a<FQ, 0>(a[m], sm.in[1][0], m0 + 16 * m, k, lane);
-            else load_a_t<FQ, 0>(a[m], sm.in[1][0], k, m0 + 16 * m, lane);
+            if (of_B) load_a<FQ, 0>(a[m], sm.first.g_CB, m0 + 16 * m, k, lane);
+            else load_a_t<FQ, 0>(a[m], sm.first.g_CB, k, m0 + 16 * m, lane);
         }
         multiply(a, [&](uint32_t b[4], int j) {
-            load_b_t<N, PAD>(b, sm.CB[!of_B], k, n0 + 8 * j, lane);
+            load_b_t<N, 0>(b, sm.first.CB[!of_B], k, 8 * j, lane);
         });
     }
-    UNROLL for (int m = 0; m < 4; m++) {
-        dot_before[m] = dot(m);
+    uint32_t own[2][N / 16][4];                    // C or B, as the accumulators lie
+    UNROLL for (int m = 0; m < 2; m++) {
+        UNROLL for (int j = 0; j < N / 16; j++) {
+            load_a<N, 0>(own[m][j], sm.first.CB[of_B], m0 + 16 * m, 16 * j, lane);
+        }
     }
+    auto dot = [&] {                               // own . accumulator, of this lane's step
+        float sum[4] = {};
+        UNROLL for (int j = 0; j < N / 8; j++) {
+            UNROLL for (int m = 0; m < 4; m++) {
+                uint32_t pair = opaque(own[m / 2][j / 2][m % 2 + j % 2 * 2]);
+                const float *v = &acc[m / 2][j][m % 2 * 2];
+                sum[m] += v[0] * low(pair);
+                sum[m] += v[1] * high(pair);
+            }
+        }
+        return quad_sums(sum, t4);
+    };
+    float dot_before = dot();
+    auto put_dot = [&] {                           // how much it has grown by a head
+        float sum = dot();
+        *dots = sum - dot_before;
+        dot_before = sum;
+        dots += chunks * FQ;
+    };
+    __syncthreads();                               // C, B and g_CB are no longer needed
+    UNROLL for (int i = 1; i + 1 < RING; i++) {
+        load(i);
+    }
+    // While the warps of g_C multiply, those of g_B do the rest, and the other way round.
     #pragma unroll 1
     for (int i = 0; i < heads; i++) {
-        cp_async_wait<0>();
+        cp_async_wait<RING - 2>();
         __syncthreads();                         // head i is here; everyone is done with head i - 1
-        if (i > 0) finish(i - 1);
-        if (i + 1 < heads) {
-            load(i + 1);
-            fetch();
-        }
-        const bf16 *in = sm.in[i % 2][of_B], *state = sm.states[i % 2][of_B];
-        const uint32_t *scale = sm.scale[i % 2][of_B];
-        uint32_t f[4];
+        float f = of_B ? dt * decay(last - mine, reached) : decay(mine, reached);
+        float through = decay(last, passed);
+        uint32_t twice = pack(f, f), scale[4];
         UNROLL for (int m = 0; m < 4; m++) {
-            f[m] = scale[m0 + 8 * m + g];
+            scale[m] = __shfl_sync(~0u, twice, (lane & ~3) + m);
         }
-        _Pragma("unroll 2") for (int k = 0; k < FP; k += 16) {
-            uint32_t a[2][4];
-            UNROLL for (int m = 0; m < 2; m++) {
-                load_a<FP, 0>(a[m], in, m0 + 16 * m, k, lane);
-                UNROLL for (int e = 0; e < 4; e++) {
-                    a[m][e] = mul_bf16x2(a[m][e], f[2 * m + e % 2]);
+        if (i + 1 < heads) fetch();
+        const GbcHead<N> &head = sm.ring[i % RING];
+        auto product = [&] {
+            UNROLL for (int k = 0; k < FP; k += 16) {
+                uint32_t a[2][4];
+                UNROLL for (int m = 0; m < 2; m++) {
+                    load_a<FP, 0>(a[m], head.in[of_B], m0 + 16 * m, k, lane);
+                    UNROLL for (int e = 0; e < 4; e++) {
+                        a[m][e] = mul_bf16x2(a[m][e], scale[2 * m + e % 2]);
+                    }
                 }
+                multiply(a, [&](uint32_t b[4], int j) {
+                    load_b<FP, 0>(b, head.states[of_B], 8 * j, k, lane);
+                });
             }
-            multiply(a, [&](uint32_t b[4], int j) {
-                load_b<FP, 0>(b, state, n0 + 8 * j, k, lane);
-            });
+        };
+        auto rest = [&] {
+            load(i + RING - 1);
+            if (i > 0) finish(i - 1);
+            // <S, gS> is the trace of S gS^T: a warp has 16 of its rows, N/2 columns of S and gS
+            float v[2][4] = {};
+            int n = warp % (N / 16) * 16, k0 = warp / (N / 16) * (N / 2);
+            UNROLL for (int k = 0; k < N / 2; k += 16) {
+                uint32_t a[4], b[4];
+                load_a<FP, 0>(a, head.states[0], n, k0 + k, lane);
+                load_b<FP, 0>(b, head.states[1], n, k0 + k, lane);
+                mma(v[0], a, b);
+                mma(v[1], a, b + 2);
+            }
+            float part = through * diagonal_part(v, g, t4);
+            if (g / 2 == t4) sm.kappa[i % 2][8 * warp + g] = part;
+        };
+        if (of_B) {
+            if (i > 0) put_dot();
+            rest();
         }
-        UNROLL for (int m = 0; m < 4; m++) {
-            float sum = dot(m);
-            if (t4 == 0) sm.dots[i % 2][of_B][warp % 2][m0 + 8 * m + g] = sum - dot_before[m];
-            dot_before[m] = sum;
+        product();
+        if (!of_B) {
+            rest();
+            put_dot();
         }
-        // <S, gS> is the trace of S gS^T: a warp has 16 of its rows, and N/4 columns of S and gS
-        float v[2][4] = {};
-        int n = warp % (N / 16) * 16, k0 = warp / (N / 16) * (N / 4);
-        UNROLL for (int k = 0; k < N / 4; k += 16) {
-            uint32_t a[4], b[4];
-            load_a<FP, 0>(a, sm.states[i % 2][0], n, k0 + k, lane);
-            load_b<FP, 0>(b, sm.states[i % 2][1], n, k0 + k, lane);
-            mma(v[0], a, b);
-            mma(v[1], a, b + 2);
-        }
-        float sum = warp_sum(diagonal_part(v, g, t4));
-        if (lane == 0) sm.kappa[i % 2][warp] = sm.through[i % 2] * sum;
-        if (i + 1 < heads) put(i + 1);
     }
+    if (of_B) put_dot();
     __syncthreads();
     finish(heads - 1);
-    bf16 *out = sm.in[0][0] + of_B * FQ * N;      // through shared memory, for 16-byte stores
+    bf16 *out = sm.out[of_B];                      // through shared memory, for 16-byte stores
     UNROLL for (int m = 0; m < 4; m++) {
-        UNROLL for (int j = 0; j < J; j++) {
+        UNROLL for (int j = 0; j < N / 8; j++) {
             const float *v = &acc[m / 2][j][m % 2 * 2];
-            int place = at<N, 0>(m0 + 8 * m, n0 + 8 * j, g, 2 * t4);
+            int place = at<N, 0>(m0 + 8 * m, 8 * j, g, 2 * t4);
             *(uint32_t *)&out[place] = pack(v[0], v[1]);
         }
     }
     __syncthreads();
     bf16 *to = g_xBC + token * d.S + d.E + ((of_B ? 0 : d.G) + blockIdx.y) * d.N;
-    store_tile<FQ, N, 0, 256>(to, out, d.S, rows, d.N, me % 256);
+    store_tile<FQ, N, 0, 128>(to, out, d.S, rows, d.N, me % 128);
 }
 
 // ---- backward 5: the sums over the steps of a chunk ---------------------------------------------

@@ -157,4 +157,4 @@ inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
     };
     return product(0) | product(16) << 16;
 }
-inline int opaque(int x) { return x; }
+template<typename X> inline X opaque(X x) { return x; }
