@@ -978,7 +978,7 @@ static void test_generation(void) {
         real *parallel = logits_of(&m);
         for (size_t prompt = 1; prompt <= d.T; prompt += 1 + prompt/2)
             for (size_t piece = 1; piece <= prompt; piece += 1 + piece) {
-                sampler_open(&s, &m, piece);
+                sampler_open(&s, &m, 1, piece);
                 const real *logits = sampler_feed(&s, m.ids, prompt);
                 sampler_recurrent(&s);
                 for (size_t t = prompt;; t++) {
@@ -1015,6 +1015,7 @@ static const Test tests[] = {
     { "linear", test_all_linear },
     { "embed, classifier", test_all_ends },
     { "tokens one by one", test_all_tokens },
+    { "tokens of many rows", test_all_rows },
 #else
     { "embed", test_embed },
     { "rmsnorm", test_rmsnorm },

@@ -130,6 +130,7 @@ X(Int,    log_every,      "20",     1, 1e12,   Output,  "steps between progress 
 X(Int,    plot,           "1",      0, 1,      Output,  "1: OUT/loss.png at every validation")    \
 X(Int,    generate,       "",       0, 1e12,   Text,    "print N tokens after --prompt, stop")    \
 X(Str,    prompt,         "",       0, 0,      Text,    "text to go on from; - reads stdin")      \
+X(Int,    num_samples,    "1",      1, 1e4,    Text,    "samples at once; 15 dashes between two") \
 X(Num,    temperature,    "0.8",    0, 1e3,    Text,    "0: always the most likely token")        \
 X(Int,    top_k,          "0",      0, 1e9,    Text,    "from the k most likely tokens; 0: all")  \
 X(Num,    top_p,          "1",      0, 1,      Text,    "from the fewest tokens of probability P")\
@@ -1839,19 +1840,21 @@ static void clear_states(Model *m) {
     memset(m->a.carried, 0, d->L*d->lanes*d->E*d->N*sizeof(real));
 }
 
-// A view of a model's weights, with activations for one row of at most T tokens
-static void sampler_open(Model *s, const Model *m, size_t T) {
+// A view of a model's weights, with activations for T tokens of a prompt, and then for one token of
+// each of R rows
+static void sampler_open(Model *s, const Model *m, size_t R, size_t T) {
     memset(s, 0, sizeof *s);
     s->d = m->d, s->w = m->w;
-    dims_batch(&s->d, 1, T);
-    s->d.lanes = s->d.kept = s->d.slab = 1;
+    dims_batch(&s->d, 1, T > R ? T : R);
+    s->d.lanes = s->d.slab = R, s->d.kept = 1;
     memcpy(s->specs, m->specs, sizeof s->specs);
     act_specs(&s->d, s->act_specs);
     s->acts = allocate_acts(&s->a, s->act_specs);
     clear_states(s);
 }
 
-// Feeds tokens, and returns the logits (V) after the last one.
+// Feeds tokens: of the prompt, and returns the logits (V) after the last one; or one of each row,
+// and returns the logits (R,V) after them.
 static const real *sampler_feed(Model *s, const int *ids, size_t count) {
     size_t M = s->d.M, most = s->act_specs[0].shape[1];
     for (size_t i = 0; i < count; i += s->d.n) {
@@ -1861,15 +1864,23 @@ static const real *sampler_feed(Model *s, const int *ids, size_t count) {
         if (!s->recurrent) swap_states(s);
     }
     const real *head = s->d.tied ? s->w.embedding : s->w.lm_head;
-    linear_forward(s->a.logits, s->a.hidden + (s->d.n - 1)*M, head, 1, M, s->d.V, 0);
+    size_t R = s->d.R;
+    linear_forward(s->a.logits, s->a.hidden + (s->d.n - R)*M, head, R, M, s->d.V, 0);
     return s->a.logits;
 }
 
-// From here on one token at a time, with the states updated in place
+// From here on one token at a time, with the states updated in place. All rows begin with those of
+// the first.
 static void sampler_recurrent(Model *s) {
+    size_t R = s->d.lanes, past = (s->d.W - 1)*s->d.S, state = s->d.E*s->d.N;
+    for (size_t i = 0; i < s->d.L*R; i++) {                  // row i % R of a layer
+        size_t first = i/R*R;
+        memmove(s->a.past + i*past, s->a.past + first*past, past*sizeof(real));
+        memmove(s->a.carried + i*state, s->a.carried + first*state, state*sizeof(real));
+    }
     s->recurrent = 1;
     s->a.carried_new = s->a.carried, s->a.past_new = s->a.past;
-    dims_batch(&s->d, 1, 1);
+    dims_batch(&s->d, R, 1);
 }
 
 typedef struct { double logit; int id; } Candidate;
@@ -1902,24 +1913,65 @@ static int sample(const real *logits, size_t vocab, double temperature, Int top_
     return id;
 }
 
-// Prints up to `count` sampled tokens after the prompt, as they come; end of text ends it.
+// What --num-samples samples have said. The first is printed as it comes, the others after it.
+typedef struct {
+    const Tokenizer *tok;
+    size_t count, left;                 // all of them; those that have not come to end of text
+    char *ended;                        // (count)
+    Text *texts;                        // (count)
+} Samples;
+
+static Samples samples_open(const Tokenizer *tok) {
+    size_t count = (size_t)flags.num_samples;
+    Samples s = { tok, count, count, (char *)alloc(count, 1), (Text *)alloc(count, sizeof(Text)) };
+    return s;
+}
+
+// Takes in the next token of each; returns how many go on, 0 also when nobody reads them.
+static size_t samples_take(Samples *s, const int *ids) {
+    for (size_t k = 0; k < s->count; k++) {
+        size_t size;
+        const char *piece = tokenizer_piece(s->tok, ids[k], &size);
+        if (!s->ended[k] && ids[k] == s->tok->eot) s->ended[k] = 1, s->left--;
+        if (s->ended[k]) continue;
+        if (k) put_bytes(&s->texts[k], piece, size);
+        else fwrite(piece, 1, size, stdout), fflush(stdout);
+    }
+    return ferror(stdout) ? 0 : s->left;
+}
+
+static void samples_close(Samples *s) {
+    for (size_t k = 1; k < s->count; k++) {
+        printf("\n---------------\n");
+        if (s->texts[k].size) fwrite(s->texts[k].data, 1, s->texts[k].size, stdout);
+        free(s->texts[k].data);
+    }
+    free(s->texts), free(s->ended);
+}
+
+// Prints --num-samples samples of up to `count` tokens after the prompt: rows of a batch, each with
+// its own stream of random numbers. End of text ends a sample.
 static void generate(const Model *m, const Tokenizer *tok, const int *prompt, size_t prompt_size,
                      Int count, uint64_t stream) {
     Model s;
-    sampler_open(&s, m, prompt_size < 256 ? prompt_size : 256);
+    Samples out = samples_open(tok);
+    size_t R = out.count, V = m->d.V;
+    int *ids = (int *)alloc(R, sizeof(int));
+    sampler_open(&s, m, R, prompt_size < 256 ? prompt_size : 256);
     const real *logits = sampler_feed(&s, prompt, prompt_size);
     sampler_recurrent(&s);
-    for (Int i = 0; i < count && !ferror(stdout); i++) {
-        double u = random_uniform((uint64_t)flags.seed, stream, (uint64_t)i);
-        int id = sample(logits, m->d.vocab, flags.temperature, flags.top_k, flags.top_p, u);
-        size_t size;
-        if (id == tok->eot) break;
-        const char *piece = tokenizer_piece(tok, id, &size);
-        fwrite(piece, 1, size, stdout);
-        fflush(stdout);
-        if (i + 1 < count) logits = sampler_feed(&s, &id, 1);
+    for (Int i = 0; i < count; i++) {
+        PARALLEL_FOR
+        for (size_t k = 0; k < R; k++) {
+            const real *x = logits + (i ? k*V : 0);          // the prompt's are all alike
+            double u = random_uniform((uint64_t)flags.seed, stream + k, (uint64_t)i);
+            ids[k] = sample(x, m->d.vocab, flags.temperature, flags.top_k, flags.top_p, u);
+        }
+        if (!samples_take(&out, ids)) break;
+        if (i + 1 < count) logits = sampler_feed(&s, ids, R);
     }
-    free(s.acts);
+    samples_close(&out);
+    free(ids), free(s.acts);
 }
 
 // The tokens of --prompt; an empty one is a newline (bytes) or end of text.

@@ -201,6 +201,8 @@ rmsnorm_forward_kernel(floatX *u, float *rstd, const residX *resid, const float 
     size_t row = blockIdx.x;
     Vec x[K];
     float sum = 0.0f;
+    next_may_start();
+    wait_for_last();
     UNROLL for (int k = 0; k < K; k++) {
         x[k] = load<WIDE>(resid + row * M, (threadIdx.x + k * blockDim.x) * 8, M);
         UNROLL for (int i = 0; i < 8; i++) {
@@ -222,10 +224,9 @@ template<typename floatX, typename residX>
 static void rmsnorm_forward(const Dims *d, floatX *u, float *rstd, const residX *resid,
                             const float *w) {
     by_columns(d->M, d->M % 8 == 0, [&](auto K, auto WIDE, unsigned threads) {
-        rmsnorm_forward_kernel<K(), WIDE(), floatX, residX><<<(unsigned)d->n, threads, 0, stream>>>(
-            u, rstd, resid, w, d->M, d->eps);
+        auto kernel = rmsnorm_forward_kernel<K(), WIDE(), floatX, residX>;
+        launch_early(kernel, dim3((unsigned)d->n), threads, 0, u, rstd, resid, w, d->M, d->eps);
     });
-    LAUNCHED();
 }
 
 template<int K, bool WIDE, typename floatX, typename residX>
@@ -1358,6 +1359,8 @@ gated_rmsnorm_forward_kernel(floatX *o, float *rstd, const floatX *y, const floa
     size_t row = blockIdx.x, columns = d.E / d.G, first = blockIdx.y * columns;
     Vec v[K];
     float sum = 0.0f;
+    next_may_start();
+    wait_for_last();
     UNROLL for (int k = 0; k < K; k++) {
         size_t c = (threadIdx.x + k * blockDim.x) * 8;
         v[k] = load<WIDE>(y + row * d.E + first, c, columns);
@@ -1384,10 +1387,9 @@ static void gated_rmsnorm_forward(const Dims *d, floatX *o, float *rstd, const f
                                   const floatX *zxBCdt, const float *w) {
     by_columns(d->E / d->G, d->E / d->G % 8 == 0, [&](auto K, auto WIDE, unsigned threads) {
         dim3 grid((unsigned)d->n, (unsigned)d->G);
-        gated_rmsnorm_forward_kernel<K(), WIDE(), floatX><<<grid, threads, 0, stream>>>(
-            o, rstd, y, zxBCdt, w, *d);
+        auto kernel = gated_rmsnorm_forward_kernel<K(), WIDE(), floatX>;
+        launch_early(kernel, grid, threads, 0, o, rstd, y, zxBCdt, w, *d);
     });
-    LAUNCHED();
 }
 
 template<int K, bool WIDE, typename floatX>
@@ -1930,6 +1932,8 @@ static void swap_states(auto *m) {
     std::swap(m->a.carried, m->a.carried_new);
 }
 
+#include "dev/cuda/recurrence.cuh"      // conv1d_dt_step, ssd_recurrence: one token of each row
+
 // ---- layers: read these beside those of the C file ----------------------------------------------
 
 // A part of a step lasts from its part() to the next one: as a range for Nsight, and under
@@ -1974,11 +1978,16 @@ static void layer_forward(const auto *m, size_t l) {
     auto a = layer_acts(m, l);
     part("norm");     rmsnorm_forward(d, a.u, a.rstd, a.resid, w.norm);
     part("in_proj");  linear_forward(a.zxBCdt, a.u, x.in_proj, d->n, d->M, d->Z, 0, d->pitch);
-    part("conv1d");   conv1d_forward(d, a.xBC, a.zxBCdt, w.conv_w, w.conv_b, a.past, m->doc);
-    if (m->host->d.lanes) conv1d_past(d, a.past_new, a.zxBCdt, a.past, m->doc);
-    part("dt");       dt_forward(d, a.dt, a.zxBCdt, w.dt_bias);
-    part("ssd");      ssd_forward(d, a.y, a.states, a.carried_new, a.xBC, a.dt, w.A_log, w.D,
+    if (m->host->recurrent) {
+        conv1d_dt_step(d, a.xBC, a.dt, a.past, a.zxBCdt, w);
+        ssd_recurrence(d, a.y, a.carried, a.xBC, a.dt, w.A_log, w.D);
+    } else {
+        part("conv1d"); conv1d_forward(d, a.xBC, a.zxBCdt, w.conv_w, w.conv_b, a.past, m->doc);
+        if (m->host->d.lanes) conv1d_past(d, a.past_new, a.zxBCdt, a.past, m->doc);
+        part("dt");   dt_forward(d, a.dt, a.zxBCdt, w.dt_bias);
+        part("ssd");  ssd_forward(d, a.y, a.states, a.carried_new, a.xBC, a.dt, w.A_log, w.D,
                                   a.carried, m->doc);
+    }
     part("norm_g");   gated_rmsnorm_forward(d, a.o, a.rstd_g, a.y, a.zxBCdt, w.norm_g);
     part("out_proj"); add_branch(m, a.resid, a.o, x.out_proj, d->E);
     if (d->F) {
@@ -2167,6 +2176,7 @@ static void adamw(auto *m, double lr, double grad_scale, cpu::Int t) {
 }
 
 #include "dev/cuda/generate.cuh"        // Sampler: a token at a time
+#include "dev/cuda/batch.cuh"           // Batch: a token of each of many rows
 #include "dev/cuda/profile.cuh"         // the table of --profile
 
 // ---- the functions of cpu::Backend, for floatX --------------------------------------------------
@@ -2235,27 +2245,30 @@ struct Device {
         upload(m->a.carried, host->a.carried, count("carried"));
     }
 
-    // Prints up to `count` tokens after the prompt: cpu::generate, with the logits from the GPU.
+    // Prints --num-samples samples of up to `count` tokens after the prompt: cpu::generate.
     static void generate(const cpu::Model *host, const cpu::Tokenizer *tok, const int *prompt,
                          size_t prompt_size, cpu::Int count, uint64_t stream_of) {
-        Sampler<Model<floatX, residX>> s(&model, host, prompt_size < 256 ? prompt_size : 256);
-        s.feed(prompt, prompt_size);
-        cpu::Int issued = 0;
-        double start = cpu::now();
-        for (cpu::Int i = 0; i < count && !ferror(stdout); i++) {
-            while (issued < count && issued < i + UNDERWAY) s.issue(issued++, stream_of);
-            int id = s.wait(i);
-            size_t size;
-            if (i == UNDERWAY) start = cpu::now();         // the graph is captured
-            if (id == tok->eot) break;
-            const char *piece = cpu::tokenizer_piece(tok, id, &size);
-            fwrite(piece, 1, size, stdout);
-            fflush(stdout);
-        }
-        if (cpu::flags.profile && issued > 2 * UNDERWAY) {
-            fprintf(stderr, "%.0f tokens/s\n",
-                    (double)(issued - 2 * UNDERWAY) / (cpu::now() - start));
-        }
+        cpu::Samples out = cpu::samples_open(tok);
+        bool on = std::exchange(profile.on, false);        // its events are not for a graph
+        auto draw = [&](auto &&sampler) {
+            sampler.feed(prompt, prompt_size);
+            cpu::Int issued = 0, i = 0;
+            double start = cpu::now();
+            for (size_t left = out.left; i < count && left; i++) {
+                while (issued < count && issued < i + UNDERWAY) sampler.issue(issued++, stream_of);
+                const int *ids = sampler.wait(i);
+                if (i == UNDERWAY) start = cpu::now();     // the graph is captured
+                left = cpu::samples_take(&out, ids);
+            }
+            if (cpu::flags.profile && i > 2 * UNDERWAY) {
+                double tokens = (double)(i - 1 - UNDERWAY) * (double)out.count;
+                fprintf(stderr, "%.0f tokens/s\n", tokens / (cpu::now() - start));
+            }
+        };
+        if (out.count > 1) draw(Batch<Model<floatX, residX>>(&model, host, out.count));
+        else draw(Sampler<Model<floatX, residX>>(&model, host, prompt_size));
+        cpu::samples_close(&out);
+        profile.on = on;
     }
 
     static double loss(cpu::Model *, int backward) { return model_loss(&model, backward); }

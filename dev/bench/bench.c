@@ -191,7 +191,7 @@ static void bench_decode(void) {
     double sum;
     int id = 10;
     open_model("mamba2-130m", 1, 64);
-    sampler_open(&sampler, &run.m, 1);
+    sampler_open(&sampler, &run.m, 1, 1);
     sampler_recurrent(&sampler);
     big = filled(BIG/sizeof(real));
     Speed read = measure(run_read, &sum, 1), step = measure(run_decode, &id, 1);

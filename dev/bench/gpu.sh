@@ -54,10 +54,11 @@ speed() {
         printf "%-12s %-14s %9.0f tokens/s  MFU %4.1f%%  %6.1f GiB, planned %s", name, at, $1, 100*$2, $3/1024, $4 }')"
     rm -rf "$out/s"
 }
-decode() {                              # the last of three samples of 300 tokens, one row
+decode() {                              # the last of three samples of 300 tokens, $2 rows
     rate=$(./train_mamba2cu --model "$1" --batch 1 --seq-len 128 --steps 4 --profile 1 --sample-every 1 \
+        --num-samples "$2" \
         --out "$out/s" --eval-every 0 --save-every 0 --plot 0 2>&1 >/dev/null | grep 'tokens/s' | tail -n 1)
-    row "$(printf '%-12s decode %22s' "$1" "$rate")"
+    row "$(printf '%-12s decode %4s rows %15s' "$1" "$2" "$rate")"
     rm -rf "$out/s"
 }
 speed mamba2-130m 16 2048 60; speed mamba2-130m 16 2048 60 --residual-in-fp32 0
@@ -65,7 +66,7 @@ speed mamba2-370m 16 2048 30; speed mamba2-780m 8 2048 24; speed mamba2-1.3b 8 2
 speed mamba2-1.3b 16 2048 12; speed mamba2-2.7b 8 2048 10
 for rows in 32 8 4 2 1; do speed mamba2-130m $rows $((32768/rows)) 40; done
 speed mamba2-130m 1 131072 12
-decode mamba2-130m; decode mamba2-2.7b
+decode mamba2-130m 1; decode mamba2-130m 64; decode mamba2-2.7b 1; decode mamba2-2.7b 64
 ./train_mamba2cu --model mamba2-130m --batch 32 --seq-len 1024 --profile 6 --out "$out/p" --steps 20 \
     --eval-every 0 --sample-every 0 --save-every 0 --plot 0 >"$out/profile.log" 2>&1
 tail -n 22 "$out/profile.log"

@@ -93,7 +93,8 @@ static ProductPlan plan_product(const Product &p) {
                                           wish, 16, proposed, &found));
     CHECK(found, "cuBLAS has no algorithm for a product of %zu x %zu x %zu", p.m, p.n, p.k);
     plan.algo = proposed[0].algo;
-    for (int i = 1; i < found && p.in == CUDA_R_16BF; i++) {
+    bool large = min(p.m, min(p.n, p.k)) >= 512;           // not the few rows of generation
+    for (int i = 1; i < found && p.in == CUDA_R_16BF && large; i++) {
         if (rank(proposed[i].algo) < rank(plan.algo)) plan.algo = proposed[i].algo;
     }
     CUBLAS(cublasLtMatmulPreferenceDestroy(wish));

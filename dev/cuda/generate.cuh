@@ -1,11 +1,13 @@
 // generate.cuh: sampling text, for train_mamba2.cu.
 //
 // The prompt, but for its last token, goes through the parallel form, in pieces. From there on each
-// token is one step of the recurrence: a kernel (token.cuh), as a CUDA graph. The GPU runs ahead of
-// what is printed, by UNDERWAY tokens.
+// token is one step of the recurrence, as a CUDA graph: for one text a kernel (token.cuh), for many
+// the layers of training with a row to each text (batch.cuh). The GPU runs ahead of what is printed,
+// by UNDERWAY tokens.
+#include "choose.cuh"
 #include "token.cuh"
 
-constexpr int UNDERWAY = 4, UNIFORMS = 256;
+constexpr int UNDERWAY = 4;
 static int sums_at_once = 4096;            // of chunks in shared memory, for the head (tests: less)
 
 // past (L,W-1,S) into the rings (L,W,pitch) of the token at time W
@@ -17,49 +19,113 @@ fill_rings_kernel(float *rings, const floatX *past, Dims d) {
     send(rings + (l * d.W + k + 1) * d.pitch + d.E + c, past[(l * (d.W - 1) + k) * d.S + c], 0);
 }
 
-template<class Model>
-struct Sampler {
-    typedef typename Model::floatX floatX;
-    cpu::Model view;                       // one row of at most `most` tokens
-    Model m;
-    size_t most;
-    Token<floatX> t;
-    size_t shared;                         // memory of the kernel
-    int blocks;
-    bool wide;
-    float *host_logits;                    // (V)
-    double *uniforms;                      // (UNIFORMS)
-    cudaGraphExec_t graph;
+// Drawing tokens for rows: random numbers go to the device in time, ids come back.
+struct Draws {
+    size_t rows;
+    int *ids, *drawn;                      // (UNIFORMS,rows), on the host; (rows)
+    double *uniforms;                      // (UNIFORMS,rows)
+    Choice choice;
+    cudaGraphExec_t graph = NULL;
     cudaEvent_t done[UNDERWAY];
 
-    Sampler(const Model *trained, const cpu::Model *host, size_t most)
-        : m(*trained), most(most), uniforms(NULL), graph(NULL) {
-        memset(&view, 0, sizeof view);
-        view.d = host->d;
-        view.d.Q = 128;
-        cpu::dims_batch(&view.d, 1, most);
-        view.d.lanes = view.d.kept = 1;
-        open_acts(&m, &view);
-        host_logits = (float *)cpu::alloc(m.d.V, sizeof(float));
+    Draws(size_t rows, const cpu::Model &host) : rows(rows) {
+        const cpu::Flags &f = cpu::flags;
+        CUDA(cudaMallocHost(&ids, UNIFORMS * rows * sizeof(int)));
+        uniforms = device_alloc<double>(UNIFORMS * rows);
+        drawn = device_alloc<int>(rows);
+        CUDA(cudaMemsetAsync(drawn, 0, rows * sizeof(int), stream));
+        choice = {(int)host.d.vocab, (float)f.temperature, f.top_k, f.top_p};
         for (cudaEvent_t &event : done) {
             CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
         }
     }
-    ~Sampler() {
+    ~Draws() {
         CUDA(cudaStreamSynchronize(stream));
-        close_acts(&m);
-        void *buffers[] = {t.resid, t.rings, t.v, t.ab, t.logits, t.tops, t.sums, t.step, uniforms};
-        for (void *p : buffers) {
-            CUDA(cudaFree(p));
-        }
-        CUDA(cudaFreeHost(t.ids));
-        free(host_logits);
+        CUDA(cudaFreeHost(ids));
+        CUDA(cudaFree(uniforms));
+        CUDA(cudaFree(drawn));
         for (cudaEvent_t event : done) {
             CUDA(cudaEventDestroy(event));
         }
         if (graph) CUDA(cudaGraphExecDestroy(graph));
     }
-    const floatX *head() const { return view.d.tied ? m.x.embedding : m.x.lm_head; }
+    // The next id of each row, from logits (rows,V), to `next` and to the host
+    void choose(int *next, const float *logits, size_t V) {
+        choose_kernel<<<(unsigned)rows, CHOOSER_THREADS, 0, stream>>>(next, ids, drawn, logits,
+                                                                      uniforms, choice, V);
+        LAUNCHED();
+    }
+    // Issues token i of each row; row r has the random numbers of stream_of + r. The first step
+    // leaves plans of matrix products behind, which could not be made in a capture.
+    template<class F> void draw(cpu::Int i, uint64_t stream_of, F step) {
+        std::vector<double> u(i % UNIFORMS ? 0 : UNIFORMS * rows);
+        for (size_t k = 0; k < u.size(); k++) {
+            u[k] = cpu::random_uniform((uint64_t)cpu::flags.seed, stream_of + k % rows,
+                                       (uint64_t)i + k / rows);
+        }
+        if (!u.empty()) {
+            CUDA(cudaMemcpyAsync(uniforms, u.data(), u.size() * sizeof(double),
+                                 cudaMemcpyHostToDevice, stream));
+        }
+        bool by_hand = i == 0 || !cpu::flags.graph;
+        if (by_hand) step();
+        else if (!graph) graph = capture(step);
+        if (!by_hand) CUDA(cudaGraphLaunch(graph, stream));
+        CUDA(cudaEventRecord(done[i % UNDERWAY], stream));
+    }
+    const int *wait(cpu::Int i) {          // ids (rows)
+        CUDA(cudaEventSynchronize(done[i % UNDERWAY]));
+        return ids + i % UNIFORMS * rows;
+    }
+};
+
+template<class Model>
+struct Prompt {                            // reads it
+    cpu::Model view = {};                  // one row of at most `most` tokens
+    Model m;
+    size_t most;
+
+    Prompt(const Model *trained, const cpu::Model *host, size_t size)
+        : m(*trained), most(min(size, (size_t)256)) {
+        view.d = host->d;
+        view.d.Q = 128;
+        cpu::dims_batch(&view.d, 1, most);
+        view.d.lanes = view.d.kept = 1;
+        open_acts(&m, &view);
+    }
+    ~Prompt() {
+        CUDA(cudaStreamSynchronize(stream));
+        close_acts(&m);
+    }
+    void read(const int *tokens, size_t count) {           // into past and carried
+        for (size_t i = 0; i < count; i += most) {
+            cpu::dims_batch(&view.d, 1, min(count - i, most));
+            view.ids = tokens + i;
+            take_batch(&m);
+            model_hidden(&m);
+            swap_states(&m);
+        }
+    }
+};
+
+template<class Model>
+struct Sampler : Draws, Prompt<Model> {    // one row
+    typedef typename Model::floatX floatX;
+    using Prompt<Model>::view, Prompt<Model>::m, Prompt<Model>::read;
+    Token<floatX> t;
+    size_t shared;                         // memory of the kernel
+    int blocks;
+    bool wide;
+
+    Sampler(const Model *trained, const cpu::Model *host, size_t size)
+        : Draws(1, *host), Prompt<Model>(trained, host, size) {}
+    ~Sampler() {
+        CUDA(cudaStreamSynchronize(stream));
+        void *buffers[] = {t.resid, t.rings, t.v, t.ab, t.logits, t.tops, t.sums, t.step};
+        for (void *p : buffers) {
+            CUDA(cudaFree(p));
+        }
+    }
 
     static float *sent(size_t count) {     // of round 0
         float *x = device_alloc<float>(count);
@@ -80,7 +146,7 @@ struct Sampler {
         t.matrix[OUT_PROJ] = {m.x.out_proj, m.w.norm_g, t.L, M, t.E, t.G};
         t.matrix[FC1] = {m.x.fc1, m.w.norm2, t.L, 2 * F, M, 1};
         t.matrix[FC2] = {m.x.fc2, m.w.norm2, t.L, M, F, 1};
-        t.matrix[HEAD] = {head(), m.w.norm_f, 1, (int)d.V, M, 1};
+        t.matrix[HEAD] = {view.d.tied ? m.x.embedding : m.x.lm_head, m.w.norm_f, 1, (int)d.V, M, 1};
         int lane = 16 / sizeof(floatX), chunk = 32 * lane;
         wide = t.P % 4 == 0;
         for (Matrix<floatX> &a : t.matrix) {
@@ -124,8 +190,7 @@ struct Sampler {
         t.sums = sent(blocks * t.matrix[HEAD].layers);
         t.state = m.a.carried;
         t.step = device_alloc<Step>(1);
-        uniforms = device_alloc<double>(UNIFORMS);
-        CUDA(cudaMallocHost(&t.ids, UNIFORMS * sizeof(int)));
+        t.ids = ids;
         t.uniforms = uniforms;
         t.count = UNIFORMS;
         t.vocab = (int)view.d.vocab;
@@ -140,13 +205,7 @@ struct Sampler {
 
     // Takes in the prompt but for its last token, from which the first step goes on.
     void feed(const int *tokens, size_t count) {
-        for (size_t i = 0; i < count - 1; i += most) {
-            cpu::dims_batch(&view.d, 1, min(count - 1 - i, most));
-            view.ids = tokens + i;
-            take_batch(&m);
-            model_hidden(&m);
-            swap_states(&m);
-        }
+        read(tokens, count - 1);
         const Dims *d = &m.d;
         open_token();
         dim3 grid(pieces((d->W - 1) * d->S, 256), (unsigned)d->L);
@@ -159,33 +218,10 @@ struct Sampler {
         auto kernel = wide ? token_kernel<true, floatX> : token_kernel<false, floatX>;
         allow_shared(kernel, shared);
         launch_together(kernel, blocks, TOKEN_THREADS, shared, t);
+        bool cut = choice.top_k || choice.top_p < 1;       // which the kernel leaves to choose()
+        if (cut && choice.temperature > 0) choose(&t.step->id, t.logits, m.d.V);
     }
-
-    // Issues token i.
-    void issue(cpu::Int i, uint64_t stream_of) {
-        const cpu::Flags &f = cpu::flags;
-        double u[UNIFORMS];
-        int slot = (int)(i % UNIFORMS);
-        for (int k = 0; k < UNIFORMS && slot == 0; k++) {
-            u[k] = cpu::random_uniform((uint64_t)f.seed, stream_of, (uint64_t)(i + k));
-        }
-        if (slot == 0) {
-            CUDA(cudaMemcpyAsync(uniforms, u, sizeof u, cudaMemcpyHostToDevice, stream));
-        }
-        if (!graph) graph = capture([&] { token(); });
-        CUDA(cudaGraphLaunch(graph, stream));
-        if (f.temperature > 0 && (f.top_k || f.top_p < 1)) {           // sorts: on the host
-            double uniform = cpu::random_uniform((uint64_t)f.seed, stream_of, (uint64_t)i);
-            download(host_logits, t.logits, 1, m.d.V, m.d.V);
-            int id = cpu::sample(host_logits, view.d.vocab, f.temperature, f.top_k, f.top_p,
-                                 uniform);
-            CUDA(cudaMemcpy(&t.step->id, &id, sizeof id, cudaMemcpyHostToDevice));
-            t.ids[slot] = id;
-        }
-        CUDA(cudaEventRecord(done[i % UNDERWAY], stream));
-    }
-    int wait(cpu::Int i) {
-        CUDA(cudaEventSynchronize(done[i % UNDERWAY]));
-        return t.ids[i % UNIFORMS];
+    void issue(cpu::Int i, uint64_t stream_of) {           // token i
+        draw(i, stream_of, [&] { token(); });
     }
 };

@@ -141,7 +141,7 @@ test_flags() {
         vocab-size d-intermediate tie dt-limit chunk-size init tokenizer eot out resume steps \
         batch seq-len accum lr min-lr warmup schedule decay-frac weight-decay beta1 beta2 eps clip \
         skip-loss skip-norm seed shuffle packed carry recompute dtype threads save-every \
-        eval-every sample-every plot keep eval-batches log-every generate prompt temperature \
+        eval-every sample-every plot keep eval-batches log-every generate prompt num-samples temperature \
         top-k top-p eval dump compare device graph profile help version dry-run; do
         check "--help has --$flag" grep -qE -e "^ +--$flag( |\$)" help
     done
@@ -842,6 +842,25 @@ test_generate() {
     check_not 'a temperature matters' cmp -s <(gen 50 --temperature 0.1) <(gen 50 --temperature 2)
     check 'top-p next to 0 is greedy' cmp -s <(gen 20 --top-p 1e-9) <(gen 20 --temperature 0)
     check '--generate 0' [ -z "$(gen 0)" ]
+    # several samples: a line of 15 dashes between two; each as if it were alone
+    local line='\n---------------\n'
+    gen 40 --temperature 1.2 >one
+    gen 40 --temperature 1.2 --num-samples 2 >two
+    gen 40 --temperature 1.2 --num-samples 3 >three
+    check 'two samples begin with the one' cmp -s <(cat one; printf %b "$line") \
+        <(head -c $(($(size_of one) + 17)) two)
+    check 'three with the two' cmp -s <(cat two; printf %b "$line") \
+        <(head -c $(($(size_of two) + 17)) three)
+    check_not 'they differ' cmp -s <(head -c 20 two) <(tail -c +$(($(size_of one) + 18)) two | head -c 20)
+    gen 20 --temperature 0 >one
+    check 'greedy samples are all equal' cmp -s <(gen 20 --temperature 0 --num-samples 3) \
+        <(cat one; printf %b "$line"; cat one; printf %b "$line"; cat one)
+    gen 9 --num-samples 3 --top-k 3 >/dev/full
+    check '--num-samples to a full disk exits 1' [ $? = 1 ]
+    expect 2 'num-samples' --init base/last --generate 5 --num-samples 0
+    expect 2 'num-samples' --init base/last --generate 5 --num-samples 10001
+    trains --steps 2 --sample-every 2 --num-samples 2 --out several
+    check 'training prints as many' [ "$(grep -ac '^---------------$' stdout)" = 1 ]
     check 'bytes that are not ASCII' \
         [ "$(printf '\xc3\xa4\x00\xff' | gen 5 --prompt - | wc -c)" = 5 ]
     gen 100000 | head -c 1 >/dev/null

@@ -402,9 +402,12 @@ static void test_all_ends(void) {
 }
 
 // ---- generation: whole models, a token at a time ------------------------------------------------
-// Logits against the CPU's in double, and each token against cpu::sample with the same logits.
+// Logits against the CPU's in double, and each token against cpu::sample with the same logits. One
+// row is for the kernel of a token. More are for a batch, whose activations are in floatX, so it errs
+// as the form of training does, by up to half as much again.
 template<typename floatX>
-static void test_tokens(const Sizes &s, size_t L, int tied, size_t prompt, double temperature) {
+static void test_tokens(const Sizes &s, size_t L, int tied, size_t prompt, double temperature,
+                        size_t rows = 1, cpu::Int top_k = 0, double top_p = 1) {
     auto c = dims_of<cpu::Dims>(s);
     auto c64 = dims_of<cpu64::Dims>(s);
     c.L = c.kept = c64.L = c64.kept = L, c.tied = c64.tied = tied;
@@ -434,26 +437,49 @@ static void test_tokens(const Sizes &s, size_t L, int tied, size_t prompt, doubl
 
     std::vector<int> tokens(prompt);
     for (int &id : tokens) id = (int)uniform(0, (double)c.vocab);
-    cpu64::sampler_open(&recurrent, &judge, prompt);
+    cpu64::sampler_open(&recurrent, &judge, rows, prompt);
     const double *want = cpu64::sampler_feed(&recurrent, tokens.data(), prompt);
     cpu64::sampler_recurrent(&recurrent);
-    cpu::flags.temperature = temperature;
-    {
-        Sampler<Model<floatX, float>> sampler(&m, &host, prompt);
-        std::vector<float> logits(s.V);
+    double parallel = 0;                            // error of the same prompt in training's form
+    if (rows > 1) {
+        Tensor<float> logits(Values(want, want + s.V));
+        Prompt<Model<floatX, float>> all(&m, &host, prompt);
+        all.read(tokens.data(), prompt);
+        linear_forward(logits.x, all.m.a.hidden + (prompt - 1) * s.M,
+                       tied ? m.x.embedding : m.x.lm_head, 1, s.M, s.V, 0);
+        parallel = error(logits.get(), logits.v);
+        free_device();
+    }
+    cpu::flags.temperature = temperature, cpu::flags.top_k = top_k, cpu::flags.top_p = top_p;
+    auto run = [&](auto &sampler, float *const &device_logits) {    // there after feed()
+        std::vector<float> logits(rows * s.V);
         sampler.feed(tokens.data(), prompt);
         for (int i = 0; i < 5; i++) {              // more than W
             sampler.issue(i, 1);
-            int id = sampler.wait(i);
-            download(logits.data(), sampler.t.logits, s.V);
-            expect(error(Values(logits.begin(), logits.end()), Values(want, want + s.V)),
-                   prompt > 1 ? 2 * bound<floatX>(1e-6) : 4e-6, "logits");
-            double u = cpu::random_uniform((uint64_t)cpu::flags.seed, 1, (uint64_t)i);
-            int same = cpu::sample(logits.data(), c.vocab, temperature, 0, 1, u);
-            expect(id == same ? 0 : 1, 0, "token");
-            want = cpu64::sampler_feed(&recurrent, &id, 1);
+            const int *ids = sampler.wait(i);
+            download(logits.data(), device_logits, rows * s.V);
+            for (size_t r = 0; r < rows; r++) {
+                const float *x = logits.data() + r * s.V;
+                const double *row = want + (i ? r * s.V : 0);          // the prompt's is for all
+                double most = rows > 1     ? 1.5 * parallel + 2e-6
+                              : prompt > 1 ? 2 * bound<floatX>(1e-6)
+                                           : 4e-6;
+                expect(error(Values(x, x + s.V), Values(row, row + s.V)), most, "logits");
+                double u = cpu::random_uniform((uint64_t)cpu::flags.seed, 1 + r, (uint64_t)i);
+                int same = cpu::sample(x, c.vocab, temperature, top_k, top_p, u);
+                expect(ids[r] == same ? 0 : 1, 0, "token");
+            }
+            want = cpu64::sampler_feed(&recurrent, ids, rows);
         }
+    };
+    if (rows > 1) {
+        Batch<Model<floatX, float>> batch(&m, &host, rows);
+        run(batch, batch.logits);
+    } else {
+        Sampler<Model<floatX, float>> sampler(&m, &host, prompt);
+        run(sampler, sampler.t.logits);
     }
+    cpu::flags.top_k = 0, cpu::flags.top_p = 1;
     free(recurrent.acts);
     free(judge.acts);
     free(judge.weights);
@@ -469,4 +495,12 @@ static void test_all_tokens(void) {
     sums_at_once = 64;                              // the head in slabs
     test_tokens<float>({1, 11, 136, 1, 136, 16, 1, 8, 4, 0, 800}, 1, 1, 5, 0.8);
     sums_at_once = 4096;
+    test_tokens<float>({1, 11, 24, 4, 10, 6, 2, 8, 4, 0, 53}, 2, 1, 4, 1.2, 1, 9, 0.8);
+}
+static void test_all_rows(void) {
+    test_tokens<float>({1, 11, 24, 4, 10, 6, 2, 8, 4, 0, 53}, 3, 1, 1, 0.8, 3);       // odd sizes
+    test_tokens<float>({1, 11, 24, 4, 18, 6, 2, 8, 3, 20, 61}, 2, 0, 6, 0, 2);
+    test_tokens<float>({1, 11, 24, 1, 96, 200, 1, 8, 6, 0, 1200}, 1, 1, 3, 1.5, 5, 100, 0.9);
+    test_tokens<float>({1, 11, 16, 2, 8, 8, 1, 8, 1, 0, 2100}, 1, 0, 2, 1.2, 2, 0, 0.5);
+    test_tokens<bf16>({1, 11, 64, 2, 64, 128, 1, 8, 4, 40, 1040}, 2, 1, 7, 0.9, 9, 7, 1);
 }

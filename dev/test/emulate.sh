@@ -45,6 +45,27 @@ same() {                                 # same FLAGS: do both programs write th
 try "greedy text is the CPU's" same --temperature 0
 try "sampled text is the CPU's" same --temperature 0.9
 try "and so with --top-k" same --temperature 0.9 --top-k 5
+try "and with --top-p" same --temperature 1.2 --top-p 0.8
+try "several samples at once" same --num-samples 5
+try "several, greedy" same --num-samples 3 --temperature 0
+try "several, cut" same --num-samples 3 --top-k 40 --top-p 0.9
+shapes() {                               # rows of a batch, of models of odd sizes
+    for shape in "--ngroups 2 --headdim 10 --d-conv 3 --tie 0" \
+        "--d-model 24 --headdim 96 --expand 4 --d-state 200 --d-conv 6" \
+        "--headdim 8 --d-intermediate 24 --d-conv 1" "--headdim 64 --d-model 64 --d-state 128"; do
+        rm -rf "$out/shape"
+        # shellcheck disable=SC2086
+        ./train_mamba2 --d-model 20 --d-state 7 --n-layer 2 --batch 2 --seq-len 45 $quiet $shape --steps 3 \
+            --warmup 1 --out "$out/shape" >"$out/said" || return 1
+        for dtype in f32 bf16; do
+            ./train_mamba2emu --out "$out/shape" --dtype $dtype --generate 20 --prompt "to be or" \
+                --num-samples 3 >"$out/$dtype" || return 1
+        done
+        ./train_mamba2 --out "$out/shape" --generate 20 --prompt "to be or" --num-samples 3 >"$out/a"
+        [ -s "$out/bf16" ] && cmp "$out/a" "$out/f32" || return 1
+    done
+}
+try "several, of odd shapes" shapes
 tasks() {                                # 24 examples of multiple choice, of random bytes
     perl -e 'srand 1; sub bytes { map { int rand 256 } 1 .. $_[0] }
         print pack "l256", 20240522, 1, 24;
