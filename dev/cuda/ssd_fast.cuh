@@ -800,6 +800,11 @@ ssd_g_CB_fast_kernel(bf16 *g_CB, float *g_dts, float *rowsum, float *g_D_part, c
     const bf16 *B = xBC + token * d.S + d.E + blockIdx.y * d.N;
     load_tile<FQ, N, 0, 128>(sm.xy[second], B + second * d.G * d.N, d.S, rows, d.N, me);
     cp_async_commit();
+    bf16 *out = g_CB + (number * d.G + blockIdx.y) * FQ * FQ;      // (s,l), 0 below the diagonal
+    for (int i = threadIdx.x; i < FQ * FQ / 8; i += G_CB_THREADS) {
+        int s = i / (FQ / 8), l = i % (FQ / 8) * 8;
+        if (l / 16 < s / 16) *(uint4 *)(out + s * FQ + l) = make_uint4(0, 0, 0, 0);
+    }
     cp_async_wait<0>();
     __syncthreads();
     #pragma unroll 1
@@ -826,6 +831,7 @@ ssd_g_CB_fast_kernel(bf16 *g_CB, float *g_dts, float *rowsum, float *g_D_part, c
         if (second && i > 0) finish(i - 1);
         steps += by_head;
         if (second && i + 1 < heads) load(i + 1);
+        unsigned same_lane = opaque(lane);         // for addresses, worked out again
         const bf16 *x = sm.xy[i % 2], *gy = x + FQ * FP;
         const float2 *step = sm.steps[i % 2];
         uint32_t b[4][4];                          // g_y of a strip
@@ -835,7 +841,7 @@ ssd_g_CB_fast_kernel(bf16 *g_CB, float *g_dts, float *rowsum, float *g_D_part, c
             if (k == 1) rows_of_x = x - 16 * FP;
             if (k < 6) if (k == 0 || k == 5 || k == w + 1) {
                 UNROLL for (int p = 0; p < 4; p++) {
-                    load_b<FP, 0>(b[p], gy + 16 * FP * (k ? 7 - w : w), 0, 16 * p, lane);
+                    load_b<FP, 0>(b[p], gy + 16 * FP * (k ? 7 - w : w), 0, 16 * p, same_lane);
                 }
                 if (k) rows_of_x = x - 16 * FP * (1 + w);
             }
@@ -844,7 +850,7 @@ ssd_g_CB_fast_kernel(bf16 *g_CB, float *g_dts, float *rowsum, float *g_D_part, c
             }
             UNROLL for (int p = 0; p < 4; p++) {
                 uint32_t a[4];
-                load_a<FP, 0>(a, rows_of_x, 16 * k, 16 * p, lane);
+                load_a<FP, 0>(a, rows_of_x, 16 * k, 16 * p, same_lane);
                 mma(v[k % 2][0], a, b[p]);
                 mma(v[k % 2][1], a, b[p] + 2);
             }
@@ -942,15 +948,13 @@ ssd_g_CB_fast_kernel(bf16 *g_CB, float *g_dts, float *rowsum, float *g_D_part, c
     }
     __syncthreads();
     if (second) finish(heads - 1);
-    bf16 *out = g_CB + (number * d.G + blockIdx.y) * FQ * FQ + g * FQ + 2 * t4;        // (s,l)
     UNROLL for (int q = 0; q < 5; q++) {
-        int k = q + 5 * second, i = 16 * row_of(k), j = 16 * strip_of(k);
+        int k = q + 5 * second;
         if (k == 9) break;
         UNROLL for (int m = 0; m < 4; m++) {
-            int down = m % 2 * 8, right = m / 2 * 8;
+            int s = 16 * row_of(k) + g + m % 2 * 8, l = 16 * strip_of(k) + m / 2 * 8 + 2 * t4;
             const float *v = &g_cb[q][m / 2][m % 2 * 2];
-            *(uint32_t *)(out + (i + down) * FQ + j + right) = pack(v[0], v[1]);
-            if (i < j) *(uint32_t *)(out + (j + down) * FQ + i + right) = 0;
+            *(uint32_t *)(out + s * FQ + l) = pack(v[0], v[1]);
         }
     }
 }
@@ -964,7 +968,8 @@ ssd_g_CB_fast_kernel(bf16 *g_CB, float *g_dts, float *rowsum, float *g_D_part, c
 // pi = C . (a head's part of g_C) is the growth of C . accumulator; rho, with B and g_B, likewise.
 // kappa = exp(cs_last) <S, gS>, as both are here.
 // Of a first chunk without an initial state, S is zero, and gS of a last one without g_final; they
-// are not in memory.
+// are not in memory. The last head comes first: what ssd_g_CB_fast_kernel has read of it may still
+// be in the L2 cache.
 constexpr int G_BC_THREADS = 256;
 template<int N> constexpr int G_BC_RING = N > 64 ? 3 : 4;
 template<int N> struct GbcHead {
@@ -1014,21 +1019,21 @@ ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, float *rho, float *kappa, const bf1
     // Half of the threads copies g_y and S, half x and gS.
     int pitch = of_B ? d.S : d.E;
     bool zero = of_B ? c + 1 == chunks && !has_g_final : c == 0 && !has_initial;
-    const bf16 *from = (of_B ? xBC : g_y) + token * pitch + first * P;
-    const bf16 *state_from = (of_B ? g_states : states) + (number * d.H + first) * d.N * P;
-    auto load = [&](int i) {                       // head after head
+    const bf16 *from = (of_B ? xBC : g_y) + token * pitch + (first + heads) * P;
+    const bf16 *state_from = (of_B ? g_states : states) + (number * d.H + first + heads) * d.N * P;
+    auto load = [&](int i) {
         bf16 *in = sm.ring[i % RING].in[of_B], *state = sm.ring[i % RING].states[of_B];
         auto copy = [&](int rows, int state_rows) {
             load_tile<FQ, FP, 0, 128>(in, from, pitch, rows, P, me % 128);
             load_tile<N, FP, 0, 128>(state, state_from, P, state_rows, P, me % 128);
         };
         if (i < heads) {
+            from -= P;
+            state_from -= d.N * P;
             if (rows == FQ && d.N == N && !zero) copy(FQ, N);      // with fewer comparisons
-            else copy(rows, zero ? 0 : d.N);
+            else copy(opaque(rows), opaque(zero ? 0 : (int)d.N));
         }
         cp_async_commit();
-        from += P;
-        state_from += d.N * P;
     };
     // Step m0 + 8 t4 + g is this lane's: the scale of its row, pi or rho
     int step = m0 + 8 * t4 + g;
@@ -1039,33 +1044,21 @@ ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, float *rho, float *kappa, const bf1
         reached = docs[min(step, rows - 1)] == (of_B ? last : before);
         passed = before == last;
     }
-    size_t steps = ((r * d.H + first) * chunks + c) * FQ + step;
-    float *dots = (of_B ? rho : pi) + steps;
+    size_t steps = ((r * d.H + first + heads - 1) * chunks + c) * FQ + step;
+    size_t by_head = (size_t)chunks * FQ;
     float mine = 0.0f, last = 0.0f, dt = 0.0f;     // cs of the next head: of the step, the last one
     auto fetch = [&] {
         mine = cs[steps];
         last = cs[steps - step + FQ - 1];
         if (of_B) dt = dts[steps];
-        steps += chunks * FQ;
     };
     auto finish = [&](int i) {                     // add up kappa's parts
         if (warp != 0) return;
         float sum = warp_sum(sm.kappa[i % 2][lane] + sm.kappa[i % 2][lane + 32]);
-        if (lane == 0) kappa[number * d.H + first + i] = sum;
+        if (lane == 0) kappa[number * d.H + first + heads - 1 - i] = sum;
     };
     float acc[2][N / 8][4] = {};
-    auto multiply = [&](const uint32_t a[2][4], auto load) {       // load(b, j): two columns' tiles
-        UNROLL for (int j = 0; j < N / 8; j += 2) {
-            uint32_t b[4];
-            load(b, j);
-            UNROLL for (int m = 0; m < 2; m++) {
-                mma(acc[m][j], a[m], b);
-                mma(acc[m][j + 1], a[m], b + 2);
-            }
-        }
-    };
 
-    load(0);
     const bf16 *B = xBC + token * d.S + d.E + blockIdx.y * d.N, *C = B + d.G * d.N;
     load_tile<FQ, N, 0, G_BC_THREADS>(sm.first.CB[0], C, d.S, rows, d.N, me);
     load_tile<FQ, N, 0, G_BC_THREADS>(sm.first.CB[1], B, d.S, rows, d.N, me);
@@ -1073,19 +1066,24 @@ ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, float *rho, float *kappa, const bf1
                                        g_CB + (number * d.G + blockIdx.y) * FQ * FQ, FQ, FQ, FQ,
                                        me);
     cp_async_commit();
+    load(0);
     fetch();
-    cp_async_wait<0>();
+    cp_async_wait<1>();
     __syncthreads();
     #pragma unroll 1
     for (int k = of_B ? m0 : 0, end = of_B ? FQ : m0 + 32; k < end; k += 16) {
-        uint32_t a[2][4];
+        uint32_t a[2][4], b[4];
         UNROLL for (int m = 0; m < 2; m++) {
             if (of_B) load_a<FQ, 0>(a[m], sm.first.g_CB, m0 + 16 * m, k, lane);
             else load_a_t<FQ, 0>(a[m], sm.first.g_CB, k, m0 + 16 * m, lane);
         }
-        multiply(a, [&](uint32_t b[4], int j) {
+        UNROLL for (int j = 0; j < N / 8; j += 2) {
             load_b_t<N, 0>(b, sm.first.CB[!of_B], k, 8 * j, lane);
-        });
+            UNROLL for (int m = 0; m < 2; m++) {
+                mma(acc[m][j], a[m], b);
+                mma(acc[m][j + 1], a[m], b + 2);
+            }
+        }
     }
     uint32_t own[2][N / 16][4];                    // C or B, as the accumulators lie
     UNROLL for (int m = 0; m < 2; m++) {
@@ -1106,11 +1104,10 @@ ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, float *rho, float *kappa, const bf1
         return quad_sums(sum, t4);
     };
     float dot_before = dot();
-    auto put_dot = [&] {                           // how much it has grown by a head
+    auto put_dot = [&](size_t steps) {             // how much it has grown by a head
         float sum = dot();
-        *dots = sum - dot_before;
+        (of_B ? rho : pi)[steps] = sum - dot_before;
         dot_before = sum;
-        dots += chunks * FQ;
     };
     __syncthreads();                               // C, B and g_CB are no longer needed
     UNROLL for (int i = 1; i + 1 < RING; i++) {
@@ -1127,20 +1124,34 @@ ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, float *rho, float *kappa, const bf1
         UNROLL for (int m = 0; m < 4; m++) {
             scale[m] = __shfl_sync(~0u, twice, (lane & ~3) + m);
         }
+        steps -= by_head;
         if (i + 1 < heads) fetch();
         const GbcHead<N> &head = sm.ring[i % RING];
-        auto product = [&] {
+        unsigned same_lane = opaque(lane);         // for addresses, worked out again
+        auto product = [&] {                       // operands are loaded a step ahead
+            uint32_t a[2][4], next_a[2][4], b[2][4];
+            auto load_rows = [&](int k) {
+                load_a<FP, 0>(next_a[0], head.in[of_B], m0, k, same_lane);
+                load_a<FP, 0>(next_a[1], head.in[of_B], m0 + 16, k, same_lane);
+            };
+            auto load_columns = [&](int k, int j) {
+                load_b<FP, 0>(b[j / 2 % 2], head.states[of_B], 8 * j, k, same_lane);
+            };
+            load_rows(0);
+            load_columns(0, 0);
             UNROLL for (int k = 0; k < FP; k += 16) {
-                uint32_t a[2][4];
-                UNROLL for (int m = 0; m < 2; m++) {
-                    load_a<FP, 0>(a[m], head.in[of_B], m0 + 16 * m, k, lane);
-                    UNROLL for (int e = 0; e < 4; e++) {
-                        a[m][e] = mul_bf16x2(a[m][e], scale[2 * m + e % 2]);
+                UNROLL for (int e = 0; e < 8; e++) {
+                    a[e / 4][e % 4] = mul_bf16x2(next_a[e / 4][e % 4], scale[e / 4 * 2 + e % 2]);
+                }
+                UNROLL for (int j = 0; j < N / 8; j += 2) {
+                    if (j + 2 < N / 8) load_columns(k, j + 2);
+                    else if (k + 16 < FP) load_columns(k + 16, 0);
+                    if (j + 4 == N / 8 && k + 16 < FP) load_rows(k + 16);
+                    UNROLL for (int m = 0; m < 2; m++) {
+                        mma(acc[m][j], a[m], b[j / 2 % 2]);
+                        mma(acc[m][j + 1], a[m], b[j / 2 % 2] + 2);
                     }
                 }
-                multiply(a, [&](uint32_t b[4], int j) {
-                    load_b<FP, 0>(b, head.states[of_B], 8 * j, k, lane);
-                });
             }
         };
         auto rest = [&] {
@@ -1151,8 +1162,8 @@ ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, float *rho, float *kappa, const bf1
             int n = warp % (N / 16) * 16, k0 = warp / (N / 16) * (N / 2);
             UNROLL for (int k = 0; k < N / 2; k += 16) {
                 uint32_t a[4], b[4];
-                load_a<FP, 0>(a, head.states[0], n, k0 + k, lane);
-                load_b<FP, 0>(b, head.states[1], n, k0 + k, lane);
+                load_a<FP, 0>(a, head.states[0], n, k0 + k, same_lane);
+                load_b<FP, 0>(b, head.states[1], n, k0 + k, same_lane);
                 mma(v[0], a, b);
                 mma(v[1], a, b + 2);
             }
@@ -1160,16 +1171,16 @@ ssd_g_BC_fast_kernel(bf16 *g_xBC, float *pi, float *rho, float *kappa, const bf1
             if (g / 2 == t4) sm.kappa[i % 2][8 * warp + g] = part;
         };
         if (of_B) {
-            if (i > 0) put_dot();
+            if (i > 0) put_dot(steps + 2 * by_head);
             rest();
         }
         product();
         if (!of_B) {
             rest();
-            put_dot();
+            put_dot(steps + by_head);
         }
     }
-    if (of_B) put_dot();
+    if (of_B) put_dot(steps + by_head);
     __syncthreads();
     finish(heads - 1);
     bf16 *out = sm.out[of_B];                      // through shared memory, for 16-byte stores
