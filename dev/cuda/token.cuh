@@ -6,6 +6,7 @@
 //   recurrence  conv1d, dt, the recurrence itself, v = y silu(z)
 //   product     resid += out_proj (norm_g v^), and the MLP's fc1 and fc2 likewise
 //   product     logits = head rmsnorm(resid), at last; then choose: the next token
+// Worker::run is this list; what it calls follows in its order, the stream of weights first.
 //
 // Blocks hear of each other's results by send and receive (ptx.cuh), and each waits for just the
 // numbers that it needs. None is sent again before all have read it: who sends the next ones has
@@ -103,14 +104,55 @@ struct Worker {                            // a block
     __device__ Worker(const Token<floatX> &t, char *memory) : t(t), now(*t.step) {
         ring = (Vector *)memory + threadIdx.x;
         shares = (Share (*)[TOKEN_WARPS])(memory + t.depth * 4 * TOKEN_THREADS * sizeof(Vector));
-        x = (float *)(shares + MATRICES);
-        part = x + t.inputs;
-        xBC = part + t.parts;
-        last = xBC + entries();
-        places = (int *)(last + entries());
-        squares = (float *)(places + entries());
-        scale = squares + t.inputs / SLICE;
+        x = (float *)(shares + MATRICES), part = x + t.inputs;
+        xBC = part + t.parts, last = xBC + entries(), places = (int *)(last + entries());
+        squares = (float *)(places + entries()), scale = squares + t.inputs / SLICE;
         resid = scale + t.G;
+    }
+
+    // ---- the token: all that a block does ----
+    __device__ void run() {
+        int token = now.time - t.W, turn = now.time / t.W, newest = now.time - turn * t.W;
+        unsigned vs = token * t.L, resids = token * (t.L * t.kinds / 2 + 1) + 1;       // rounds
+        int warps = MATRICES * TOKEN_WARPS;
+        if ((int)threadIdx.x < warps) deal(threadIdx.x / TOKEN_WARPS, threadIdx.x % TOKEN_WARPS);
+        __syncthreads();
+        int first = shares[OUT_PROJ][0].start;
+        for (int r = threadIdx.x; r < shares[OUT_PROJ][0].rows; r += TOKEN_THREADS) {
+            resid[r] = t.embedding[now.id * t.d.M + first + r];
+            send(t.resid + first + r, resid[r], resids);
+        }
+        prefetch(0);
+        while (ahead < t.depth) ask();
+        auto add = [&](int r, float sum) {
+            resid[r] += sum;
+            send(t.resid + first + r, resid[r], resids);
+        };
+        for (int l = 0; l < t.L; l++) {
+            const float *ring = t.rings + (size_t)l * t.W * t.pitch;
+            float *z = (float *)ring + newest * t.pitch + shares[IN_PROJ][0].start;
+            prefetch(l + 1);
+            prepare(l, ring, newest, me);
+            product<IN_PROJ>(l, t.resid, resids, [&](int r, float sum) { send(z + r, sum, turn); });
+            recurrence(l, ring, newest, turn, ++vs);
+            resids++;
+            product<OUT_PROJ>(l, t.v, vs, add);
+            if (t.kinds == 2) continue;
+            float *ab = t.ab + shares[FC1][0].start;
+            product<FC1>(l, t.resid, resids, [&](int r, float sum) { send(ab + r, sum, vs); });
+            resids++;
+            product<FC2>(l, t.ab, vs, add);
+        }
+        float best = -FLT_MAX;
+        for (int slab = 0; slab < t.matrix[HEAD].layers; slab++) {
+            int at = first_of(slab);
+            product<HEAD>(slab, t.resid, resids, [&](int r, float sum) {
+                if (at + r < t.vocab) best = max(best, sum);
+                send(t.logits + at + r, sum, token + 1);
+            });
+        }
+        cp_async_wait<0>();
+        choose(best, token + 1);
     }
 
     // ---- the stream of weights ----
@@ -144,8 +186,7 @@ struct Worker {                            // a block
             const Share &share = shares[kind][warp];
             end = kind < HEAD ? share.rows : rows_of(HEAD, layer);
             left = end > 0 ? share.count : 0;
-            row = share.row;
-            column = share.column + lane * LANE;
+            row = share.row, column = share.column + lane * LANE;
             from = share.from + layer * share.stride + lane * LANE;
             I = share.I, sweep = share.sweep, width = share.width, padded = share.padded;
         }
@@ -164,15 +205,10 @@ struct Worker {                            // a block
         put = put + 1 < t.depth ? put + 1 : 0;
         ahead++;
         left = max(left - 1, 0);
-        row += 4;
-        from += 4 * I;
+        row += 4, from += 4 * I;
         if (row < sweep) return;
-        row = 0;
-        column += CHUNK;
-        from += CHUNK - sweep * I;
-        if (column < padded) return;
-        column -= padded;
-        from += width - padded;
+        row = 0, column += CHUNK, from += CHUNK - sweep * I;
+        if (column >= padded) column -= padded, from += width - padded;
     }
     // sums += the oldest piece times what x has for it: 4 columns and, in bf16, 4 more `half` after
     __device__ void take(const float *x, int half, float sums[4]) {
@@ -255,8 +291,7 @@ struct Worker {                            // a block
             if (lane % 8 == 0) to[lane / 8] = sum;
             row += 4;
             if (row < m.sweep) continue;
-            row = 0;
-            from += 128;
+            row = 0, from += 128;
         }
         __syncthreads();
         for (int row = threadIdx.x; row < rows; row += TOKEN_THREADS) {
@@ -462,12 +497,11 @@ struct Worker {                            // a block
         double all = 0.0, before = 0.0, u = t.uniforms[now.sampled % t.count];
         auto of_span = [&](int i) { return part[i]; };
         pick(spans, INFINITY, &all, of_span);
-        double target = u * all;
-        int span = pick(spans, target, &before, of_span), slab = span / blocks;
+        int span = pick(spans, u * all, &before, of_span), slab = span / blocks;
         if (span - slab * blocks != me) return;
         int first = first_of(slab);
         auto of_token = [&](int i) { return likelihood(first + i); };
-        int i = pick(tokens_of(slab), target, &before, of_token);
+        int i = pick(tokens_of(slab), u * all, &before, of_token);
         if (lane == 0) chosen(min(first + i, t.vocab - 1));
     }
     // By a warp: the first of `count` numbers with which the sum, from *before on, passes the
@@ -495,51 +529,6 @@ struct Worker {                            // a block
     __device__ void chosen(int id) const {
         t.ids[now.sampled % t.count] = id;
         *t.step = {id, now.time + 1, now.sampled + 1};
-    }
-
-    // ---- the token ----
-    __device__ void run() {
-        int token = now.time - t.W, turn = now.time / t.W, newest = now.time - turn * t.W;
-        unsigned vs = token * t.L, resids = token * (t.L * t.kinds / 2 + 1) + 1;       // rounds
-        int warps = MATRICES * TOKEN_WARPS;
-        if ((int)threadIdx.x < warps) deal(threadIdx.x / TOKEN_WARPS, threadIdx.x % TOKEN_WARPS);
-        __syncthreads();
-        int first = shares[OUT_PROJ][0].start;
-        for (int r = threadIdx.x; r < shares[OUT_PROJ][0].rows; r += TOKEN_THREADS) {
-            resid[r] = t.embedding[now.id * t.d.M + first + r];
-            send(t.resid + first + r, resid[r], resids);
-        }
-        prefetch(0);
-        while (ahead < t.depth) ask();
-        auto add = [&](int r, float sum) {
-            resid[r] += sum;
-            send(t.resid + first + r, resid[r], resids);
-        };
-        for (int l = 0; l < t.L; l++) {
-            const float *ring = t.rings + (size_t)l * t.W * t.pitch;
-            float *z = (float *)ring + newest * t.pitch + shares[IN_PROJ][0].start;
-            prefetch(l + 1);
-            prepare(l, ring, newest, me);
-            product<IN_PROJ>(l, t.resid, resids, [&](int r, float sum) { send(z + r, sum, turn); });
-            recurrence(l, ring, newest, turn, ++vs);
-            resids++;
-            product<OUT_PROJ>(l, t.v, vs, add);
-            if (t.kinds == 2) continue;
-            float *ab = t.ab + shares[FC1][0].start;
-            product<FC1>(l, t.resid, resids, [&](int r, float sum) { send(ab + r, sum, vs); });
-            resids++;
-            product<FC2>(l, t.ab, vs, add);
-        }
-        float best = -FLT_MAX;
-        for (int slab = 0; slab < t.matrix[HEAD].layers; slab++) {
-            int at = first_of(slab);
-            product<HEAD>(slab, t.resid, resids, [&](int r, float sum) {
-                if (at + r < t.vocab) best = max(best, sum);
-                send(t.logits + at + r, sum, token + 1);
-            });
-        }
-        cp_async_wait<0>();
-        choose(best, token + 1);
     }
 };
 template<bool WIDE, typename floatX>
