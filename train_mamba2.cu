@@ -1224,7 +1224,7 @@ static void ssd_walk(const Dims *d, const SsdWork &w, bf16 *out, size_t out_pitc
         ssd_launch(ssd_local_kernel<N, BACK, DOCS>, dim3(items - last), 512, sizeof(LocalShared<N>),
                    w.local, w.local_decay, in, in_pitch, xBC, cs, dts, A_log, doc, *d, length);
     }
-    ssd_launch(ssd_walk_kernel<N, BACK, DOCS>, dim3(min(items, WALKERS)), 512,
+    ssd_launch(ssd_walk_kernel<N, BACK, DOCS>, dim3(min(items, WALKERS)), 256,
                sizeof(WalkShared<N>), out, out_pitch, states, final, w.local, w.local_decay, in,
                in_pitch, xBC, (uint4 *)w.CB, cs, dts, A_log, D, initial, doc, *d, length);
 }

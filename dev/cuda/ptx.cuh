@@ -23,6 +23,14 @@ __device__ inline void ldmatrix_trans(uint32_t r[4], const void *row) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared_address(row)) : "memory");
 }
+// and back, of plain ones
+__device__ inline void stmatrix(void *row, const uint32_t r[4]) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
+                 :: "r"(shared_address(row)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+#endif
+}
 
 // Copies to shared memory that go on while the thread does: zeros when not valid
 template<int BYTES>                                // 4 or 16

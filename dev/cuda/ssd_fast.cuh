@@ -9,6 +9,7 @@
 //     exponent above 0. Documents cut the factors: since they come in order, l and s are of one
 //     document just when both are of the document of a.
 constexpr int FQ = 128, FP = 64;                   // steps of a chunk; columns of a head, padded
+constexpr int HALF = FQ / 2;                       // what a walk does at once
 constexpr int PAD = 8;                            // of rows in shared memory, where they are padded
 
 // Two bf16 in a register.
@@ -22,7 +23,7 @@ __device__ inline float low(uint32_t pair) { return __uint_as_float(pair << 16);
 __device__ inline float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 __device__ inline float decay(float exponent, bool same_document) {
-    return same_document ? exp2_fast(fminf(exponent, 0.0f)) : 0.0f;
+    return same_document ? exp2_fast(exponent) : 0.0f;
 }
 
 // A tile in shared memory has rows of COLS, either padded by 16 bytes (PAD), or (0) with the
@@ -60,6 +61,14 @@ __device__ inline void load_b_t(uint32_t r[4], const bf16 *tile, int row, int co
     ldmatrix_trans(r, tile + at<COLS, PADDED>(row, col, lane % 16, lane / 16 * 8));
 }
 
+// Two accumulators that lie side by side, as bf16 into the part of a tile that begins at (row, col)
+template<int COLS, int PADDED>
+__device__ inline void store_d(bf16 *tile, const float d[2][4], int row, int col, unsigned lane) {
+    uint32_t r[4] = {pack(d[0][0], d[0][1]), pack(d[0][2], d[0][3]),
+                     pack(d[1][0], d[1][1]), pack(d[1][2], d[1][3])};
+    stmatrix(tile + at<COLS, PADDED>(row, col, lane % 16, lane / 16 * 8), r);
+}
+
 // A lane's part of the diagonal of a 16x16 tile, in the accumulators of its left and right half
 __device__ inline float diagonal_part(const float v[2][4], int g, int t4) {
     if (g / 2 != t4) return 0.0f;
@@ -89,8 +98,8 @@ __device__ inline void store_tile(bf16 *to, const bf16 *from, int pitch, int row
     to += row * pitch + col;
     if (col >= cols) rows = 0;
     UNROLL for (int i = 0; i < ROWS / STEP; i++, to += STEP * pitch) {
-        if (row + i * STEP >= rows) break;
-        *(uint4 *)to = *(const uint4 *)(from + at<COLS, PADDED>(row + i * STEP, col));
+        uint4 eight = *(const uint4 *)(from + at<COLS, PADDED>(row + i * STEP, col));
+        if (row + i * STEP < rows) *(uint4 *)to = eight;
     }
 }
 
@@ -105,23 +114,25 @@ __device__ inline void store_tile(bf16 *to, const bf16 *from, int pitch, int row
 // itself. The kernels below have the names of the forward walk: BACK, read g_y for x, C for B, B
 // for C, gS for S and g_x for y.
 
-// Chunk i on the walk along row r; its step k is at token + k or, BACK, token - k.
+// Chunk i on the walk along a row, from its step `first` on, of which `rows` are left; step k after
+// that is token at + k of the row or, BACK, token at - k.
 template<bool BACK> struct Steps {
-    size_t number, token;                          // among (R,chunks); of the first step
-    int c, rows;
-    __device__ Steps(const Dims &d, size_t r, int i) {
-        c = BACK ? (int)d.chunks - 1 - i : i;
-        rows = min(FQ, (int)d.T - c * FQ);
-        number = r * d.chunks + c;
-        token = r * d.T + c * FQ + (BACK ? rows - 1 : 0);
+    int c, at, rows;
+    __device__ Steps(const Dims &d, int i, int first = 0) {
+        int chunks = d.chunks, T = d.T;
+        c = BACK ? chunks - 1 - i : i;
+        int all = min(FQ, T - c * FQ), there = min(first, all - 1);
+        at = c * FQ + (BACK ? all - 1 - there : there);
+        rows = max(all - first, 0);
     }
     static __device__ int by(size_t steps) { return BACK ? -(int)steps : (int)steps; }
-    // The documents of the states before and after it are those of the earlier of two tokens.
-    __device__ int enters(const int *doc) const {
-        return BACK ? doc[token] : c > 0 ? doc[token - 1] : 0;
+    // Of a whole chunk, doc being that of the row: the documents of the states before and after it
+    // are those of the earlier of two tokens; NULL: document 0.
+    __device__ const int *enters(const int *doc) const {
+        return BACK ? doc + at : c > 0 ? doc + at - 1 : NULL;
     }
-    __device__ const int *leaves(const int *doc) const {   // NULL: document 0
-        return !BACK ? doc + token + rows - 1 : c > 0 ? doc + token - rows : NULL;
+    __device__ const int *leaves(const int *doc) const {
+        return !BACK ? doc + at + rows - 1 : c > 0 ? doc + at - rows : NULL;
     }
 };
 
@@ -130,17 +141,18 @@ template<bool BACK> struct Steps {
 //   eight heads   cs, dts (R,H,chunks,Q) from dt (n,H), through shared memory; a warp a head. cs is
 //                 the sum up to and with each step; walk_cs and walk_dts are e and dt of the walk
 //                 (BACK only; forward they are the same)
-//   a group       CB as bf16 operands A: 16x16 tile (i,j), j <= i, lies at i (i+1)/2 + j, lane by
-//                 lane; warp i has row i of the tiles
-constexpr int CB_TILES = 36;
+//   a group       CB of each half of the chunk, as bf16 operands A: 16x16 tile (i,j), j <= i < 4,
+//                 lies at i (i+1)/2 + j, lane by lane; a warp has a row of the tiles
+constexpr int HALF_TILES = 10;                     // of half a chunk
 template<int N> constexpr size_t CB_SHARED = 2 * FQ * (N + PAD) * sizeof(bf16);
 
 template<int N, bool BACK>
 __device__ inline void make_CB(bf16 *B, uint4 *CB, const bf16 *xBC, size_t g, const Dims &d) {
     bf16 *C = B + FQ * (N + PAD);
-    Steps<BACK> steps(d, blockIdx.z, blockIdx.x);
+    Steps<BACK> steps(d, blockIdx.x);
     int me = threadIdx.x, lane = me % 32, warp = me / 32;
-    const bf16 *from = xBC + steps.token * d.S + d.E + g * d.N;
+    size_t r = blockIdx.z, number = r * d.chunks + steps.c;
+    const bf16 *from = xBC + (r * d.T + steps.at) * d.S + d.E + g * d.N;
     int pitch = steps.by(d.S);
     load_tile<FQ, N, PAD, 256>(BACK ? C : B, from, pitch, steps.rows, d.N, me);
     load_tile<FQ, N, PAD, 256>(BACK ? B : C, from + d.G * d.N, pitch, steps.rows, d.N, me);
@@ -151,11 +163,12 @@ __device__ inline void make_CB(bf16 *B, uint4 *CB, const bf16 *xBC, size_t g, co
     UNROLL for (int k = 0; k < N / 16; k++) {
         load_a<N, PAD>(a[k], C, 16 * warp, 16 * k, lane);
     }
-    CB += ((steps.number * d.G + g) * CB_TILES + warp * (warp + 1) / 2) * 32 + lane;
-    for (int j = 0; j <= warp; j++) {
+    int half = warp / 4, i = warp % 4;
+    CB += (((number * d.G + g) * 2 + half) * HALF_TILES + i * (i + 1) / 2) * 32 + lane;
+    for (int j = 0; j <= i; j++) {
         float v[2][4] = {};
         UNROLL for (int k = 0; k < N / 16; k++) {
-            load_b<N, PAD>(b, B, 16 * j, 16 * k, lane);
+            load_b<N, PAD>(b, B, HALF * half + 16 * j, 16 * k, lane);
             mma(v[0], a[k], b);
             mma(v[1], a[k], b + 2);
         }
@@ -247,73 +260,111 @@ struct Walk {
     }
 };
 
-// Rows of x, B and C are padded where a permutation would cost registers that are not there.
-template<int N> constexpr int WALK_PAD = N > 64 ? PAD : 0;
-
-// What both kinds of warps need to know of a chunk of two heads
+// What all warps need to know of a chunk of two heads. There are states before it (number 0), in
+// its middle (1) and after it (2).
 struct HeadSteps {
     float cs[2][FQ], dt[2][FQ];                    // e and dt
-    int doc[FQ + 4];                               // and at FQ that of the state after the chunk
+    int doc[FQ + 4];                               // and from FQ on those of states 0 and 2
+
+    template<bool BACK> __device__ float e_of(int state, int slot, float a) const {
+        if (state == 0) return 0.0f;
+        if (state == 1) return cs[slot][HALF - !BACK];
+        return cs[slot][FQ - 1] + (BACK ? a * dt[slot][FQ - 1] : 0.0f);
+    }
+    template<bool BACK> __device__ int doc_of(int state) const {
+        return state == 1 ? doc[HALF - !BACK] : doc[FQ + state / 2];
+    }
 };
 
-// Threads 0 <= me < 256 start copying x, e, dt and documents; the ones me / 128 == slot a head's.
-template<int PADDED, bool BACK, bool DOCS>
-__device__ inline void load_heads(bf16 (*x)[FQ * (FP + PADDED)], HeadSteps &to, const Walk &w,
-                                  int chunk, const bf16 *in, size_t in_pitch, const float *cs,
-                                  const float *dts, const int *doc, const Dims &d, int me) {
-    Steps<BACK> steps(d, w.r, chunk);
-    int heads = d.H / d.G, P = d.P, slot = me / 128, i = me % 128;
-    const bf16 *from = in + steps.token * in_pitch + (w.group * heads + w.first) * P;
-    int pitch = steps.by(in_pitch);
-    load_tile<FQ, FP, PADDED, 256>(x[0], from, pitch, steps.rows, P, me);
-    int second = w.first + 1 < heads ? P : 0;
-    load_tile<FQ, FP, PADDED, 256>(x[1], from + P, pitch, steps.rows, second, me);
-    if (i < 64) {
-        size_t at = ((w.r * d.H + w.head(slot, d)) * d.chunks + steps.c) * FQ + i % 32 * 4;
-        float *tables = i < 32 ? to.cs[slot] : to.dt[slot];
-        cp_async<16>(tables + i % 32 * 4, (i < 32 ? cs : dts) + at, true);
+// Where the tensors of a walk begin: its row, of its two heads and their group
+struct Places {
+    const bf16 *x, *BC[2];
+    const uint4 *CB;
+    size_t states[2];                              // of two heads
+    const float *tables[4];                        // e, dt of the first head, and of the second
+    const int *doc;
+    int second;                                    // columns of the second head
+
+    template<bool BACK>
+    __device__ void set(const Walk &w, const bf16 *in, size_t in_pitch, const bf16 *xBC,
+                        const float *cs, const float *dts, const int *docs, const Dims &d) {
+        int heads = d.H / d.G;
+        size_t token = w.r * d.T;
+        const bf16 *B = xBC + token * d.S + d.E + w.group * d.N, *C = B + d.G * d.N;
+        x = in + token * in_pitch + (w.group * heads + w.first) * d.P;
+        BC[0] = BACK ? C : B;
+        BC[1] = BACK ? B : C;
+        for (int i = 0; i < 4; i++) {
+            tables[i] = (i % 2 ? dts : cs) + (w.r * d.H + w.head(i / 2, d)) * d.chunks * FQ;
+        }
+        doc = docs ? docs + token : NULL;
+        second = w.first + 1 < heads ? (int)d.P : 0;
     }
-    if (DOCS && me < FQ) {
-        cp_async<4>(&to.doc[me], doc + steps.token + steps.by(min(me, steps.rows - 1)), true);
+    __device__ void set(const Walk &w, const uint4 *tiles, const Dims &d) {
+        size_t number = w.r * d.chunks;
+        CB = tiles + (number * d.G + w.group) * 2 * HALF_TILES * 32;
+        for (int i = 0; i < 2; i++) {
+            states[i] = (number * d.H + w.head(i, d)) * d.N * d.P;
+        }
     }
-    if (DOCS && me == FQ) {
-        const int *leaves = steps.leaves(doc);
-        cp_async<4>(&to.doc[FQ], leaves ? leaves : doc, leaves != NULL);
-    }
+};
+
+// Copies by THREADS threads, 0 <= me, of a half of a chunk: x of two heads, B (0) or C (1)
+template<bool BACK, int THREADS>
+__device__ inline void load_x(bf16 (*x)[HALF * FP], const Places &row, int chunk,
+                              int half, int in_pitch, const Dims &d, int me) {
+    Steps<BACK> steps(d, chunk, half * HALF);
+    const bf16 *from = row.x + (int64_t)steps.at * in_pitch;
+    int P = d.P, pitch = steps.by(in_pitch);
+    load_tile<HALF, FP, 0, THREADS>(x[0], from, pitch, steps.rows, P, me);
+    load_tile<HALF, FP, 0, THREADS>(x[1], from + P, pitch, steps.rows, row.second, me);
 }
-template<int N, bool BACK>                         // B alone, or C alone
-__device__ inline void load_B(bf16 *to, bool of_C, const Walk &w, int chunk, const bf16 *xBC,
-                              const Dims &d, int me) {
-    Steps<BACK> steps(d, w.r, chunk);
-    const bf16 *from = xBC + steps.token * d.S + d.E + ((of_C != BACK ? d.G : 0) + w.group) * d.N;
-    load_tile<FQ, N, WALK_PAD<N>, 256>(to, from, steps.by(d.S), steps.rows, d.N, me);
+template<int N, bool BACK, int THREADS>
+__device__ inline void load_BC(bf16 *to, int which, const Places &row, int chunk, int half,
+                               const Dims &d, int me) {
+    Steps<BACK> steps(d, chunk, half * HALF);
+    int S = d.S;
+    const bf16 *from = row.BC[which] + (int64_t)steps.at * S;
+    load_tile<HALF, N, 0, THREADS>(to, from, steps.by(S), steps.rows, d.N, me);
+}
+// Of a whole chunk: e, dt and documents
+template<bool BACK, bool DOCS, int THREADS>
+__device__ inline void load_steps(HeadSteps &to, const Places &row, int chunk, const Dims &d,
+                                  int me) {
+    Steps<BACK> steps(d, chunk);
+    UNROLL for (int j = me; j < 128; j += THREADS) {
+        float *table = j / 32 % 2 ? to.dt[j / 64] : to.cs[j / 64];
+        int i = j % 32 * 4;
+        cp_async<16>(table + i, row.tables[j / 32] + steps.c * FQ + i, true);
+    }
+    if (!DOCS) return;
+    const int *doc = row.doc;
+    UNROLL for (int i = me; i < FQ; i += THREADS) {
+        cp_async<4>(&to.doc[i], doc + steps.at + steps.by(min(i, steps.rows - 1)), true);
+    }
+    if (me >= 2) return;
+    const int *other = me ? steps.leaves(doc) : steps.enters(doc);
+    cp_async<4>(&to.doc[FQ + me], other ? other : doc, other != NULL);
 }
 
-// The sum of dt A over the chunk
-template<bool BACK>
-__device__ inline float total_of(const HeadSteps &steps, int slot, float a) {
-    return steps.cs[slot][FQ - 1] + (BACK ? a * steps.dt[slot][FQ - 1] : 0.0f);
-}
-
-// to[j] = exp2(from - e_j) where step j is of the document `key`, times dt_j if forward; by one
-// warp for itself
+// to[j] = exp2(from - e_j) where step j of this half is of the document `key`, times dt_j if
+// forward; by one warp for itself
 template<bool BACK, bool DOCS>
-__device__ inline void decays(bf16 *to, const HeadSteps &steps, int slot, float from, int key) {
-    int j = threadIdx.x % 32 * 4;
-    float4 e = *(const float4 *)(steps.cs[slot] + j), dt = make_float4(1.0f, 1.0f, 1.0f, 1.0f);
-    if (!BACK) dt = *(const float4 *)(steps.dt[slot] + j);
-    int4 k = DOCS ? *(const int4 *)(steps.doc + j) : make_int4(key, key, key, key);
-    float x = dt.x * decay(from - e.x, k.x == key), y = dt.y * decay(from - e.y, k.y == key);
-    float z = dt.z * decay(from - e.z, k.z == key), w = dt.w * decay(from - e.w, k.w == key);
-    *(uint2 *)(to + j) = make_uint2(pack(x, y), pack(z, w));
+__device__ inline void decays(bf16 *to, const HeadSteps &steps, int slot, int half, float from,
+                              int key) {
+    int j = threadIdx.x % 32 * 2, step = half * HALF + j;
+    float2 e = *(const float2 *)(steps.cs[slot] + step), dt = make_float2(1.0f, 1.0f);
+    if (!BACK) dt = *(const float2 *)(steps.dt[slot] + step);
+    int2 k = DOCS ? *(const int2 *)(steps.doc + step) : make_int2(key, key);
+    *(uint32_t *)(to + j) = pack(dt.x * decay(from - e.x, k.x == key),
+                                 dt.y * decay(from - e.y, k.y == key));
     __syncwarp();
 }
 
-// acc (N/4 rows from n0 on, 64) = through acc + B^T diag(weight) x
-template<int N, int COUNT>                         // steps
-__device__ inline void add_steps(float acc[2][8][4], const bf16 *B, const bf16 *x,
+// acc (16 MT rows from n0 on, 64) = through acc + B^T diag(weight) x of a half of a chunk
+template<int N, int MT>
+__device__ inline void add_steps(float acc[MT][8][4], const bf16 *B, const bf16 *x,
                                  const bf16 *weight, int n0, float through, int lane) {
-    constexpr int MT = N / 64, PADDED = WALK_PAD<N>;
     int t4 = lane % 4;
     UNROLL for (int i = 0; i < MT; i++) {
         UNROLL for (int j = 0; j < 8; j++) {
@@ -322,18 +373,18 @@ __device__ inline void add_steps(float acc[2][8][4], const bf16 *B, const bf16 *
             }
         }
     }
-    UNROLL for (int k = 0; k < COUNT; k += 16) {
+    UNROLL for (int k = 0; k < HALF; k += 16) {
         uint32_t a[MT][4], b[4];
         uint32_t w0 = *(const uint32_t *)(weight + k + 2 * t4);
         uint32_t w1 = *(const uint32_t *)(weight + k + 8 + 2 * t4);
         UNROLL for (int i = 0; i < MT; i++) {
-            load_a_t<N, PADDED>(a[i], B, k, n0 + 16 * i, lane);
+            load_a_t<N, 0>(a[i], B, k, n0 + 16 * i, lane);
             UNROLL for (int e = 0; e < 4; e++) {
                 a[i][e] = mul_bf16x2(a[i][e], e < 2 ? w0 : w1);
             }
         }
         UNROLL for (int j = 0; j < 8; j += 2) {
-            load_b_t<FP, PADDED>(b, x, k, 8 * j, lane);
+            load_b_t<FP, 0>(b, x, k, 8 * j, lane);
             UNROLL for (int i = 0; i < MT; i++) {
                 mma(acc[i][j], a[i], b);
                 mma(acc[i][j + 1], a[i], b + 2);
@@ -342,10 +393,10 @@ __device__ inline void add_steps(float acc[2][8][4], const bf16 *B, const bf16 *
     }
 }
 // f(two accumulators of these rows, their n and p)
-template<int N, class F>
-__device__ inline void each_pair(float acc[2][8][4], int n0, int lane, F f) {
+template<int MT, class F>
+__device__ inline void each_pair(float acc[MT][8][4], int n0, int lane, F f) {
     int g = lane / 4, t4 = lane % 4;
-    UNROLL for (int i = 0; i < N / 64; i++) {
+    UNROLL for (int i = 0; i < MT; i++) {
         UNROLL for (int j = 0; j < 8; j++) {
             UNROLL for (int e = 0; e < 4; e += 2) {
                 f(acc[i][j][e], acc[i][j][e + 1], n0 + g + 16 * i + 4 * e, 8 * j + 2 * t4);
@@ -361,11 +412,12 @@ __device__ inline void each_pair(float acc[2][8][4], int n0, int lane, F f) {
 // each; the halves are added at the end. Here is the seam for splitting a sequence over GPUs.
 constexpr int STAGES = 3;                          // chunks on their way, or at work
 template<int N> struct LocalShared {
-    static constexpr int PADDED = WALK_PAD<N>;
-    bf16 B[STAGES][FQ * (N + PADDED)], x[STAGES][2][FQ * (FP + PADDED)];
+    bf16 B[STAGES][2][HALF * N];                   // of 2 halves
+    bf16 x[STAGES][2][2][HALF * FP];               // of 2 halves, 2 heads
     HeadSteps steps[STAGES];
-    bf16 weight[16][FQ];
+    bf16 weight[16][HALF];
     Walk walk;
+    Places row;
 };
 
 template<int N, bool BACK, bool DOCS>
@@ -375,9 +427,9 @@ ssd_local_kernel(float *local, float *local_decay, const bf16 *in, size_t in_pit
                  const int *doc, Dims d, int length) {
     extern __shared__ __align__(128) unsigned char shared[];
     LocalShared<N> &sm = *(LocalShared<N> *)shared;
-    next_may_start();
-    wait_for_last();
+    wait_for_last();                               // no next_may_start: a walk so begun is slower
     int me = threadIdx.x, lane = me % 32, warp = me / 32, half = warp / 8, slot = warp / 4 % 2;
+    constexpr int MT = N / 64;
     int n0 = warp % 4 * (N / 4);
     if (me == 0) {
         sm.walk.start(blockIdx.x, length, d);
@@ -386,15 +438,18 @@ ssd_local_kernel(float *local, float *local_decay, const bf16 *in, size_t in_pit
     __syncthreads();
     if (!sm.walk.there()) return;                  // the item ends with its last row
     const Walk &w = sm.walk;
-    float a = -expf(A_log[w.head(slot, d)]) * 1.44269504f, total_decay = 1.0f, acc[2][8][4] = {};
-    int before = DOCS ? Steps<BACK>(d, w.r, w.begin).enters(doc) : 0;
+    Places &row = sm.row;
+    if (me == 0) row.set<BACK>(w, in, in_pitch, xBC, cs, dts, doc, d);
+    __syncthreads();
+    float a = -expf(A_log[w.head(slot, d)]) * 1.44269504f, total_decay = 1.0f, acc[MT][8][4] = {};
     auto load = [&](int chunk) {
-        int stage = chunk % STAGES;
-        if (chunk < w.end && me < 256) {
-            load_heads<sm.PADDED, BACK, DOCS>(sm.x[stage], sm.steps[stage], w, chunk, in, in_pitch,
-                                              cs, dts, doc, d, me);
-        } else if (chunk < w.end) {
-            load_B<N, BACK>(sm.B[stage], false, w, chunk, xBC, d, me - 256);
+        int stage = chunk % STAGES, me = threadIdx.x % 256;
+        if (chunk < w.end) {
+            load_x<BACK, 256>(sm.x[stage][half], row, chunk, half, in_pitch, d, me);
+            load_BC<N, BACK, 256>(sm.B[stage][half], 0, row, chunk, half, d, me);
+            if (threadIdx.x < 128) {
+                load_steps<BACK, DOCS, 128>(sm.steps[stage], row, chunk, d, me);
+            }
         }
         cp_async_commit();
     };
@@ -407,21 +462,18 @@ ssd_local_kernel(float *local, float *local_decay, const bf16 *in, size_t in_pit
         load(chunk + 2);
         int stage = chunk % STAGES;
         const HeadSteps &steps = sm.steps[stage];
-        float total = total_of<BACK>(steps, slot, a);
-        int leaves = DOCS ? steps.doc[FQ] : 0;
-        float through = decay(total, before == leaves);
-        decays<BACK, DOCS>(sm.weight[warp], steps, slot, total, leaves);
-        int k = half * (FQ / 2);
-        add_steps<N, FQ / 2>(acc, sm.B[stage] + k * (N + sm.PADDED),
-                             sm.x[stage][slot] + k * (FP + sm.PADDED), sm.weight[warp] + k, n0,
-                             through, lane);
+        float total = steps.e_of<BACK>(2, slot, a);
+        int before = DOCS ? steps.doc_of<BACK>(0) : 0, after = DOCS ? steps.doc_of<BACK>(2) : 0;
+        float through = decay(total, before == after);
+        decays<BACK, DOCS>(sm.weight[warp], steps, slot, half, total, after);
+        add_steps<N, MT>(acc, sm.B[stage][half], sm.x[stage][half][slot], sm.weight[warp], n0,
+                         through, lane);
         total_decay *= through;
-        before = leaves;
     }
     __syncthreads();
     float2 *other = (float2 *)shared;              // what the second half adds
     int at = warp % 8 * 32 + lane;
-    each_pair<N>(acc, n0, lane, [&](float &u, float &v, int, int) {
+    each_pair<MT>(acc, n0, lane, [&](float &u, float &v, int, int) {
         if (half == 1) other[at] = make_float2(u, v);
         at += 256;
     });
@@ -429,7 +481,7 @@ ssd_local_kernel(float *local, float *local_decay, const bf16 *in, size_t in_pit
     if (half == 1) return;
     at = warp % 8 * 32 + lane;
     size_t number = blockIdx.x * 2 + slot;
-    each_pair<N>(acc, n0, lane, [&](float &u, float &v, int n, int p) {
+    each_pair<MT>(acc, n0, lane, [&](float &u, float &v, int n, int p) {
         float2 more = other[at];
         *(float2 *)(local + (number * N + n) * FP + p) = make_float2(u + more.x, v + more.y);
         at += 256;
@@ -438,30 +490,35 @@ ssd_local_kernel(float *local, float *local_decay, const bf16 *in, size_t in_pit
 }
 
 // ---- the walk: states and y, or gS and g_x, in one kernel ---------------------------------------
-// Copies run a chunk ahead, over the end of a row too, so that only a block's first chunk waits for
+// Copies run ahead, over the end of a row too, so that only a block's first half chunk waits for
 // them.
 //   state warps   S = through S + (dt exp(total - e) B)^T x, in float accumulators; they fetch B, C
-//                 and CB, and write the boundary states
+//                 and CB, and write the states before each chunk
 //   y warps       y = M x + diag(exp(e)) C S, M = (CB o L) diag(dt) with D added on its diagonal
 //                 (BACK dt scales the rows in place of the columns); they fetch x, e, dt
-// Four of each a head. Of the state (N,P) a state warp has N/4 rows; y warp w has the 16-row tiles
-// w and 7 - w of M, 9 of its 36 tiles. In row tile i of M, but for its diagonal tile, L_ls dt_s is
-// exp2(e_l - e_a) ratio_s with a = 16 i: one exponential for a column instead of one an element.
-// Two barriers a chunk: at BOTH all meet, this chunk and S being there; at FREE the state warps
-// wait until the y warps, which only announce it, no longer need C and S.
+// A state warp has half of the state (N,P) of a head, a y warp a half chunk of a head: few warps of
+// 64 rows and columns need few bytes of shared memory, which is what binds. In row tile i of M, but
+// for its diagonal tile, L_ls dt_s is exp2(e_l - e_a) ratio_s with a = 16 i: one exponential for a
+// column instead of one an element.
+// All warps meet once a half. Between two meetings, of half h and of half h + 1,
+//   the state warps add half h to S (of which half h's y warps have a copy in shared memory)
+//   the y warps of half h do C S and M below its diagonal tiles
+//   the other y warps do the diagonal tiles of half h - 1, and write its y
+// so that what waits for tensor cores, for shared memory and for other instructions runs at once.
 template<int N> struct WalkShared {
-    static constexpr int PADDED = WALK_PAD<N>;
-    bf16 x[2][2][FQ * (FP + PADDED)];              // of 2 chunks, 2 heads
-    bf16 B[FQ * (N + PADDED)], C[FQ * (N + PADDED)];
-    bf16 S[2][N * (FP + PAD)];                     // of 2 heads
-    uint4 CB[2][CB_TILES * 32];                    // of 2 chunks
+    bf16 x[3][2][HALF * FP];                       // of 3 halves, 2 heads
+    bf16 B[2][HALF * N], C[2][HALF * N];           // of 2 halves
+    bf16 S[2][2][N * (FP + PAD)];                  // before 2 halves, of 2 heads
+    uint4 CB[2][2][HALF_TILES * 32];               // of 2 chunks, 2 halves
+    uint4 D[4][32];                                // of each y warp: D I as an operand A
     HeadSteps steps[2];                            // of 2 chunks
-    bf16 weight[8][FQ], ratio[8][2][FQ];           // of each state warp; of each y warp
+    bf16 weight[4][HALF], ratio[4][4][HALF];       // of each state warp; of each y warp
     Walk walk[3];                                  // one ends, one is on, one is being fetched
+    Places row[3];
 };
 
 template<int N, bool BACK, bool DOCS>
-__global__ void __launch_bounds__(512, 1)
+__global__ void __launch_bounds__(256, 1)
 ssd_walk_kernel(bf16 *out, size_t out_pitch, bf16 *states, float *final, const float *local,
                 const float *local_decay, const bf16 *in, size_t in_pitch, const bf16 *xBC,
                 const uint4 *CB, const float *cs, const float *dts, const float *A_log,
@@ -470,45 +527,72 @@ ssd_walk_kernel(bf16 *out, size_t out_pitch, bf16 *states, float *final, const f
     WalkShared<N> &sm = *(WalkShared<N> *)shared;
     next_may_start();
     wait_for_last();
-    constexpr int PADDED = WALK_PAD<N>, BOTH = 1, FREE = 2;        // two barriers
-    int me = threadIdx.x % 256, lane = me % 32, g = lane / 4, t4 = lane % 4;
-    int all_warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warp = all_warp % 4,
-        slot = all_warp / 4 % 2;
-    int heads = d.H / d.G, chunks = d.chunks, P = d.P;
-    // load(walk, chunk, buffer) of the chunk after this one, be it of the next walk
-    auto load_next = [&](auto load, int turn, int chunk, int buffer) {
-        const Walk &w = sm.walk[turn], &next = sm.walk[(turn + 1) % 3];
-        if (chunk + 1 < w.end) load(w, chunk + 1, buffer ^ 1);
-        else if (next.there()) load(next, next.begin, buffer ^ 1);
-        cp_async_commit();
+    int lane, g, t4;
+    auto fresh = [&] {                             // addresses made of these are worked out again
+        lane = opaque(threadIdx.x) & 31;
+        g = lane / 4;
+        t4 = lane % 4;
     };
-    float acc[2][8][4];                            // S or y: 16-row tiles, 8-column tiles
-    int buffer = 0, turn = 0;
-    if (threadIdx.x == 0) sm.walk[0].start(blockIdx.x, length, d);
+    fresh();
+    int all_warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    int heads = d.H / d.G, chunks = d.chunks, P = d.P;
+    auto meet = [&] {                              // with all copies of before it there
+        cp_async_commit();
+        cp_async_wait<0>();
+        barrier_wait(1, 256);
+    };
+    auto next3 = [](int i) { return i < 2 ? i + 1 : 0; };
+    // load(turn, chunk, half, buffer) of the half after this one, be it of the next walk; `buffer`
+    // is that of its chunk
+    auto load_next = [&](auto load, int turn, int chunk, int half, int buffer) {
+        bool ends = half == 1 && chunk + 1 == sm.walk[turn].end;
+        if (ends) turn = next3(turn);
+        const Walk &w = sm.walk[turn];
+        if (w.there()) load(turn, ends ? w.begin : chunk + half, half ^ 1, buffer ^ half);
+    };
+    auto place = [&](int turn) {                   // by one thread
+        const Walk &w = sm.walk[turn];
+        Places &row = sm.row[turn];
+        if (!w.there()) return;
+        row.set<BACK>(w, in, in_pitch, xBC, cs, dts, doc, d);
+        row.set(w, CB, d);
+    };
+    float acc[4][8][4];                            // S or y: 16-row tiles, 8-column tiles
+    // Which of three walks is on; in which of two buffers its chunk lies, and in which of three x
+    int turn = 0, buffer = 0, third = 0;
+    if (threadIdx.x == 0) {
+        sm.walk[0].start(blockIdx.x, length, d);
+        place(0);
+    }
     __syncthreads();
 
-    if (all_warp < 8) {                            // ---- state warps ----
-        int n0 = warp * (N / 4);
+    if (all_warp < 4) {                            // ---- state warps ----
+        constexpr int MT = N / 32;
+        int slot = all_warp / 2, n0 = all_warp % 2 * (N / 2);
         auto inside = [&](size_t n, int p) { return n < d.N && p < P; };
-        auto load_BC = [&](const Walk &w, int chunk, int to) {
-            load_B<N, BACK>(sm.B, false, w, chunk, xBC, d, me);
-            load_B<N, BACK>(sm.C, true, w, chunk, xBC, d, me);
-            const uint4 *tiles = CB + (Steps<BACK>(d, w.r, chunk).number * d.G + w.group) *
-                                          CB_TILES * 32;
-            for (int i = me; i < CB_TILES * 32; i += 256) {
-                cp_async<16>(&sm.CB[to][i], tiles + i, true);
+        auto load = [&](int turn, int chunk, int half, int buffer) {
+            int me = opaque(threadIdx.x) & 127;
+            load_BC<N, BACK, 128>(sm.B[half], 0, sm.row[turn], chunk, half, d, me);
+            load_BC<N, BACK, 128>(sm.C[half], 1, sm.row[turn], chunk, half, d, me);
+            if (half == 1) return;
+            int c = Steps<BACK>(d, chunk).c;
+            const uint4 *tiles = sm.row[turn].CB + (int64_t)c * ((int)d.G * 2 * HALF_TILES * 32);
+            UNROLL for (int i = me; i < 2 * HALF_TILES * 32; i += 128) {
+                cp_async<16>(sm.CB[buffer][0] + i, tiles + i, true);
             }
         };
-        load_BC(sm.walk[0], sm.walk[0].begin, buffer);
-        cp_async_commit();
-        for (; sm.walk[turn].there(); turn = (turn + 1) % 3) {
+        load(0, sm.walk[0].begin, 0, 0);
+        for (; sm.walk[turn].there(); turn = next3(turn)) {
             const Walk &w = sm.walk[turn];
-            if (threadIdx.x == 0) sm.walk[(turn + 1) % 3].set_next(w, length, d);
-            int h = w.head(slot, d), before = DOCS ? Steps<BACK>(d, w.r, w.begin).enters(doc) : 0;
+            if (threadIdx.x == 0) {
+                sm.walk[next3(turn)].set_next(w, length, d);
+                place(next3(turn));
+            }
+            int h = w.head(slot, d);
             bool mine = w.first + slot < heads;
             float a = BACK ? -expf(A_log[h]) * 1.44269504f : 0.0f;
             size_t state = (w.r * d.H + h) * d.N * P;      // in initial and final
-            each_pair<N>(acc, n0, lane, [&](float &u, float &v, int n, int p) {
+            each_pair<MT>(acc, n0, lane, [&](float &u, float &v, int n, int p) {
                 float2 s = initial && inside(n, p) ? *(const float2 *)(initial + state + n * P + p)
                                                    : make_float2(0.0f, 0.0f);
                 u = s.x;
@@ -519,7 +603,7 @@ ssd_walk_kernel(bf16 *out, size_t out_pitch, bf16 *states, float *final, const f
             for (int i = w.item - (w.begin > 0 ? before_it : 0); i < w.item; i += Walk::pairs(d)) {
                 int number = i * 2 + slot;
                 float through = local_decay[number];
-                each_pair<N>(acc, n0, lane, [&](float &u, float &v, int n, int p) {
+                each_pair<MT>(acc, n0, lane, [&](float &u, float &v, int n, int p) {
                     float2 s = *(const float2 *)(local + ((size_t)number * N + n) * FP + p);
                     u = u * through + s.x;
                     v = v * through + s.y;
@@ -527,41 +611,50 @@ ssd_walk_kernel(bf16 *out, size_t out_pitch, bf16 *states, float *final, const f
             }
             #pragma unroll 1
             for (int chunk = w.begin; chunk < w.end; chunk++, buffer ^= 1) {
-                bool update = chunk + 1 < w.end || (final && w.end == chunks);
-                bool empty = chunk == 0 && !initial;
                 const HeadSteps &steps = sm.steps[buffer];
-                if (!empty) {
-                    each_pair<N>(acc, n0, lane, [&](float &u, float &v, int n, int p) {
-                        *(uint32_t *)&sm.S[slot][n * (FP + PAD) + p] = pack(u, v);
-                    });
+                UNROLL for (int half = 0; half < 2; half++, third = next3(third)) {
+                    bool update = half == 0 || chunk + 1 < w.end || (final && w.end == chunks);
+                    bool empty = half == 0 && chunk == 0 && !initial;
+                    if (!empty) {
+                        UNROLL for (int i = 0; i < MT; i++) {
+                            UNROLL for (int j = 0; j < 8; j += 2) {
+                                store_d<FP, PAD>(sm.S[half][slot], &acc[i][j], n0 + 16 * i, 8 * j,
+                                                 lane);
+                            }
+                        }
+                    }
+                    meet();
+                    fresh();
+                    load_next(load, turn, chunk, half, buffer);
+                    if (half == 0 && mine && !empty) {
+                        int c = Steps<BACK>(d, chunk).c;
+                        bf16 *to = states + sm.row[turn].states[slot] +
+                                   (int64_t)c * ((int)(d.H * d.N) * P);
+                        store_tile<N, FP, PAD, 64>(to, sm.S[0][slot], P, d.N, P,
+                                                   opaque(threadIdx.x) & 63);
+                    }
+                    if (update) {
+                        float end = steps.e_of<BACK>(half + 1, slot, a);
+                        int before = DOCS ? steps.doc_of<BACK>(half) : 0;
+                        int after = DOCS ? steps.doc_of<BACK>(half + 1) : 0;
+                        float through = end - steps.e_of<BACK>(half, slot, a);
+                        bf16 *weight = sm.weight[all_warp];
+                        decays<BACK, DOCS>(weight, steps, slot, half, end, after);
+                        add_steps<N, MT>(acc, sm.B[half], sm.x[third][slot], weight, n0,
+                                         decay(through, before == after), lane);
+                    }
                 }
-                cp_async_wait<0>();
-                barrier_wait(BOTH, 512);
-                if (mine && !empty) {
-                    size_t number = Steps<BACK>(d, w.r, chunk).number;
-                    store_tile<N, FP, PAD, 128>(states + (number * d.H + h) * d.N * P, sm.S[slot],
-                                                P, d.N, P, me % 128);
-                }
-                int leaves = DOCS ? steps.doc[FQ] : 0;
-                if (update) {
-                    float total = total_of<BACK>(steps, slot, a);
-                    decays<BACK, DOCS>(sm.weight[all_warp], steps, slot, total, leaves);
-                    add_steps<N, FQ>(acc, sm.B, sm.x[buffer][slot], sm.weight[all_warp], n0,
-                                     decay(total, before == leaves), lane);
-                }
-                before = leaves;
-                barrier_wait(FREE, 512);           // B, C and S are no longer needed
-                load_next(load_BC, turn, chunk, buffer);
             }
             if (mine && final && w.end == chunks) {
-                each_pair<N>(acc, n0, lane, [&](float &u, float &v, int n, int p) {
+                each_pair<MT>(acc, n0, lane, [&](float &u, float &v, int n, int p) {
                     if (inside(n, p)) *(float2 *)(final + state + n * P + p) = make_float2(u, v);
                 });
             }
         }
+        meet();
     } else {                                       // ---- y warps ----
-        const int tile[2] = {warp, 7 - warp};
-        bf16 (*ratio)[FQ] = sm.ratio[all_warp - 8];
+        int half = all_warp / 2 % 2, slot = all_warp % 2;
+        bf16 (*ratio)[HALF] = sm.ratio[all_warp - 4];
         auto scale = [&](int i, float upper, float lower) {
             UNROLL for (int j = 0; j < 8; j++) {
                 acc[i][j][0] *= upper;
@@ -570,65 +663,91 @@ ssd_walk_kernel(bf16 *out, size_t out_pitch, bf16 *states, float *final, const f
                 acc[i][j][3] *= lower;
             }
         };
-        auto load_x = [&](const Walk &w, int chunk, int to) {
-            load_heads<PADDED, BACK, DOCS>(sm.x[to], sm.steps[to], w, chunk, in, in_pitch, cs, dts,
-                                           doc, d, me);
+        // Those of a first half fetch the second one of the chunk, those of that one the next first
+        auto load = [&](int turn, int chunk, int half, int buffer) {
+            const Places &row = sm.row[turn];
+            int me = opaque(threadIdx.x) & 63;
+            load_x<BACK, 64>(sm.x[third], row, chunk, half, in_pitch, d, me);
+            if (half == 0) load_steps<BACK, DOCS, 64>(sm.steps[buffer], row, chunk, d, me);
         };
-        load_x(sm.walk[0], sm.walk[0].begin, buffer);
-        cp_async_commit();
-        for (; sm.walk[turn].there(); turn = (turn + 1) % 3) {
+        if (half == 1) {
+            load(0, sm.walk[0].begin, 0, 0);
+            meet();
+            third = 1;
+        }
+        for (; sm.walk[turn].there(); turn = next3(turn)) {
             const Walk &w = sm.walk[turn];
-            int h = w.head(slot, d), before = DOCS ? Steps<BACK>(d, w.r, w.begin).enters(doc) : 0;
+            int h = w.head(slot, d);
             bool mine = w.first + slot < heads;
+            bf16 *y = out + w.r * d.T * out_pitch + h * P;
+            // D is often all that counts: to 16 bits. Its first 8 are an operand of their own.
             float skip = D[h];
+            uint32_t own = pack(g == 2 * t4 ? skip : 0.0f, g == 2 * t4 + 1 ? skip : 0.0f);
+            sm.D[all_warp - 4][lane] = make_uint4(own, 0, 0, own);
+            skip -= low(pack(skip, 0.0f));
             #pragma unroll 1
             for (int chunk = w.begin; chunk < w.end; chunk++, buffer ^= 1) {
                 const HeadSteps &steps = sm.steps[buffer];
-                const float *my_cs = steps.cs[slot], *my_dt = steps.dt[slot];
-                const bf16 *x = sm.x[buffer][slot];
-                auto doc_of = [&](int l) { return DOCS ? steps.doc[l] : 0; };
-                cp_async_wait<0>();
-                barrier_wait(BOTH, 512);
-                load_next(load_x, turn, chunk, buffer);
-                UNROLL for (int i = 0; i < 2; i++) {
-                    int a = 16 * tile[i];
-                    decays<BACK, DOCS>(ratio[i], steps, slot, my_cs[a], doc_of(a));
-                    UNROLL for (int j = 0; j < 8; j++) {
-                        UNROLL for (int e = 0; e < 4; e++) {
-                            acc[i][j][e] = 0.0f;
-                        }
-                    }
-                }
-                if (chunk > 0 || initial) {        // C S
-                    UNROLL for (int k = 0; k < N; k += 16) {
-                        uint32_t a[2][4], b[4];
-                        UNROLL for (int i = 0; i < 2; i++) {
-                            load_a<N, PADDED>(a[i], sm.C, 16 * tile[i], k, lane);
-                        }
-                        UNROLL for (int j = 0; j < 8; j += 2) {
-                            load_b_t<FP, PAD>(b, sm.S[slot], k, 8 * j, lane);
-                            UNROLL for (int i = 0; i < 2; i++) {
-                                mma(acc[i][j], a[i], b);
-                                mma(acc[i][j + 1], a[i], b + 2);
-                            }
-                        }
-                    }
-                    UNROLL for (int i = 0; i < 2; i++) {
-                        int a = 16 * tile[i];
-                        float e = decay(my_cs[a], doc_of(a) == before);
-                        scale(i, e, e);
-                    }
-                }
-                if (DOCS) before = steps.doc[FQ];
-                barrier_arrive(FREE, 512);         // C and S are no longer needed
-                auto row = [&](int i) {
-                    return sm.CB[buffer] + tile[i] * (tile[i] + 1) / 2 * 32 + lane;
+                const float *my_cs = steps.cs[slot] + half * HALF;
+                const float *my_dt = steps.dt[slot] + half * HALF;
+                bf16 *x = sm.x[third][slot];
+                auto doc_of = [&](int l) { return DOCS ? steps.doc[half * HALF + l] : 0; };
+                auto row = [&](int i) {            // of the tiles of CB
+                    return sm.CB[buffer][half] + i * (i + 1) / 2 * 32 + lane;
                 };
                 auto add = [&](int i, const uint32_t m[4], const uint32_t b[4][4]) {
                     UNROLL for (int p = 0; p < 8; p++) {
                         mma(acc[i][p], m, &b[p / 2][p % 2 * 2]);
                     }
                 };
+                auto load_x_tile = [&](uint32_t b[4][4], int j) {
+                    UNROLL for (int p = 0; p < 4; p++) {
+                        load_b_t<FP, 0>(b[p], x, 16 * j, 16 * p, lane);
+                    }
+                };
+                auto clear = [&](float zero) {
+                    UNROLL for (int i = 0; i < 4; i++) {
+                        UNROLL for (int j = 0; j < 8; j++) {
+                            UNROLL for (int e = 0; e < 4; e++) {
+                                acc[i][j][e] = zero;
+                            }
+                        }
+                    }
+                };
+                meet();
+                fresh();
+                third = next3(third);              // of the half after this one
+                load_next(load, turn, chunk, half, buffer);
+                third = next3(third);
+                UNROLL for (int i = 0; i < 4; i++) {
+                    int a = 16 * i;
+                    if (i > 0) decays<BACK, DOCS>(ratio[i], steps, slot, half, my_cs[a], doc_of(a));
+                }
+                if (half == 0 && chunk == 0 && !initial) {
+                    clear(opaque(0.0f));           // else this is hoisted, where zeros cost nothing
+                } else {                           // C S
+                    clear(0.0f);
+                    UNROLL for (int k = 0; k < N; k += 16) {
+                        uint32_t a[4][4], b[4];
+                        UNROLL for (int i = 0; i < 4; i++) {
+                            load_a<N, 0>(a[i], sm.C[half], 16 * i, k, lane);
+                        }
+                        UNROLL for (int j = 0; j < 8; j += 2) {
+                            load_b_t<FP, PAD>(b, sm.S[half][slot], k, 8 * j, lane);
+                            UNROLL for (int i = 0; i < 4; i++) {
+                                mma(acc[i][j], a[i], b);
+                                mma(acc[i][j + 1], a[i], b + 2);
+                            }
+                        }
+                    }
+                    float start = steps.e_of<BACK>(half, slot, 0.0f);
+                    int before = DOCS ? steps.doc_of<BACK>(half) : 0;
+                    UNROLL for (int i = 0; i < 4; i++) {
+                        int a = 16 * i;
+                        float e = decay(my_cs[a] - start, doc_of(a) == before);
+                        scale(i, e, e);
+                    }
+                }
                 auto below = [&](int i, int j, const uint32_t b[4][4]) {  // tile (i,j) of M, j < i
                     uint4 v = row(i)[j * 32];
                     uint32_t f0 = *(const uint32_t *)(ratio[i] + 16 * j + 2 * t4);
@@ -637,24 +756,26 @@ ssd_walk_kernel(bf16 *out, size_t out_pitch, bf16 *states, float *final, const f
                                      mul_bf16x2(v.z, f1), mul_bf16x2(v.w, f1)};
                     add(i, m, b);
                 };
-                UNROLL for (int j = 0; j < 7; j++) {
-                    if (j >= 4 && j >= tile[1]) continue;
+                UNROLL for (int j = 0; j < 3; j++) {
                     uint32_t b[4][4];
-                    UNROLL for (int p = 0; p < 4; p++) {
-                        load_b_t<FP, PADDED>(b[p], x, 16 * j, 16 * p, lane);
+                    load_x_tile(b, j);
+                    UNROLL for (int i = j + 1; i < 4; i++) {
+                        below(i, j, b);
                     }
-                    below(1, j, b);
-                    if (j < 3) if (j < tile[0]) below(0, j, b);
                 }
-                UNROLL for (int i = 0; i < 2; i++) {               // the diagonal tile
-                    int a = 16 * tile[i];
+                meet();                            // only this warp still needs its x
+                fresh();
+                uint4 own = sm.D[all_warp - 4][lane];
+                uint32_t diagonal[4] = {own.x, own.y, own.z, own.w};
+                UNROLL for (int i = 0; i < 4; i++) {               // the diagonal tile
+                    int a = 16 * i;
                     float l_cs[2] = {my_cs[a + g], my_cs[a + g + 8]};
                     float l_dt[2] = {BACK ? my_dt[a + g] : 1.0f, BACK ? my_dt[a + g + 8] : 1.0f};
                     int l_doc[2] = {doc_of(a + g), doc_of(a + g + 8)};
                     scale(i, l_dt[0] * decay(l_cs[0] - my_cs[a], doc_of(a) == l_doc[0]),
                           l_dt[1] * decay(l_cs[1] - my_cs[a], doc_of(a) == l_doc[1]));
-                    uint4 v = row(i)[tile[i] * 32];
-                    uint32_t m[4] = {v.x, v.y, v.z, v.w}, rest[4] = {}, b[4][4];
+                    uint4 v = row(i)[i * 32];
+                    uint32_t m[4] = {v.x, v.y, v.z, v.w}, b[4][4];
                     UNROLL for (int e = 0; e < 4; e++) {
                         int s = 8 * (e / 2) + 2 * t4, past = s - 8 * (e % 2) - g;  // s - l
                         float2 c = *(const float2 *)(my_cs + a + s);
@@ -668,35 +789,26 @@ ssd_walk_kernel(bf16 *out, size_t out_pitch, bf16 *states, float *final, const f
                         u = past > 0 ? 0.0f : past == 0 ? u + skip : u;
                         v = past >= 0 ? 0.0f : past == -1 ? v + skip : v;
                         m[e] = pack(u, v);
-                        if (e % 3 == 0) {          // D is often all that counts: to 16 bits
-                            rest[e] = pack(past == 0 ? u - low(m[e]) : 0.0f,
-                                           past == -1 ? v - high(m[e]) : 0.0f);
-                        }
                     }
-                    UNROLL for (int p = 0; p < 4; p++) {
-                        load_b_t<FP, PADDED>(b[p], x, a, 16 * p, lane);
-                    }
+                    load_x_tile(b, i);
                     add(i, m, b);
-                    add(i, rest, b);
+                    add(i, diagonal, b);
                 }
-                // Neighbouring lanes swap, so that each has 4 columns of a row: whole sectors are
-                // written.
-                Steps<BACK> at(d, w.r, chunk);
-                UNROLL for (int i = 0; i < 2; i++) {
-                    UNROLL for (int e = 0; e < 4; e += 2) {
-                        int l = 16 * tile[i] + g + 4 * e, p = 8 * (lane & 1) + 2 * (lane & 2);
-                        bf16 *to = out + at.token * out_pitch + h * P + p + l * at.by(out_pitch);
-                        UNROLL for (int j = 0; j < 8; j += 2) {
-                            uint32_t u = pack(acc[i][j][e], acc[i][j][e + 1]);
-                            uint32_t v = pack(acc[i][j + 1][e], acc[i][j + 1][e + 1]);
-                            uint32_t got = __shfl_xor_sync(~0u, lane & 1 ? u : v, 1);
-                            uint2 four = lane & 1 ? make_uint2(got, v) : make_uint2(u, got);
-                            if (mine && l < at.rows && 8 * j + p < P) *(uint2 *)(to + 8 * j) = four;
-                        }
+                // y takes the place of x
+                __syncwarp();
+                UNROLL for (int i = 0; i < 4; i++) {
+                    UNROLL for (int j = 0; j < 8; j += 2) {
+                        store_d<FP, 0>(x, &acc[i][j], 16 * i, 8 * j, lane);
                     }
                 }
+                __syncwarp();
+                Steps<BACK> at(d, chunk, half * HALF);
+                int pitch = at.by(out_pitch);
+                bf16 *to = y + (int64_t)at.at * (int)out_pitch;
+                store_tile<HALF, FP, 0, 32>(to, x, pitch, mine ? at.rows : 0, P, lane);
             }
         }
+        if (half == 0) meet();
     }
 }
 

@@ -235,6 +235,12 @@ __global__ void ldmatrix_kernel(int pitch) {
     ldmatrix(r, s + threadIdx.x * pitch);
 }
 static void odd_row() { ldmatrix_kernel<<<1, 32>>>(60); }
+__global__ void stmatrix_kernel(int pitch) {
+    __shared__ uint16_t s[32 * 64];
+    uint32_t r[4] = {};
+    stmatrix(s + threadIdx.x * pitch, r);
+}
+static void odd_row_stored() { stmatrix_kernel<<<1, 32>>>(60); }
 static void bank_conflicts() {
     atexit(emu::report);
     ldmatrix_kernel<<<1, 32>>>(64);
@@ -376,6 +382,7 @@ int main(int argc, char **argv) {
         {"WRONG", "cp.async with a wait for an older group", wrong_group},
         {"cp.async copies", "thread ends before its copies", never_waits},
         {"not aligned to 16 bytes", "ldmatrix of a misaligned row", odd_row},
+        {"not aligned to 16 bytes", "stmatrix of a misaligned row", odd_row_stored},
         {"28 bank conflicts", "bank conflicts of ldmatrix", bank_conflicts},
         {"InvalidConfiguration", "2000 threads in a block", too_many_threads},
         {"InvalidValue", "more dynamic shared memory than asked for", not_asked_for},

@@ -97,6 +97,25 @@ inline void ldmatrix_trans(uint32_t *r, const void *row, EMU_HERE) {
     emu::ldmatrix(r, true, row, at);
 }
 
+// ---- stmatrix.sync.aligned.m8n8.x4.shared.b16: the way back of ldmatrix -------------------------
+namespace emu {
+struct StoreMatrix { const uint32_t *r; uint16_t row[8]; };
+EMU_ENGINE void stmatrix_all(void **slots, unsigned lanes) {
+    need_whole_warp(lanes);
+    auto **s = (StoreMatrix **)slots;
+    for (int l = 0; l < 32; l++)
+        for (int k = 0; k < 8; k++)
+            s[l]->row[k] = (uint16_t)(s[l % 8 * 4 + k / 2]->r[l / 8] >> k % 2 * 16);
+}
+}  // namespace emu
+inline void stmatrix(void *row, const uint32_t *r, EMU_HERE) {
+    emu::enter("stmatrix", at);
+    if ((uintptr_t)row % 16) EMU_FAULT("the row is not aligned to 16 bytes");
+    emu::StoreMatrix s{r, {}};
+    emu::warp_call("stmatrix", at, EMU_ALL, &s, emu::stmatrix_all);
+    memcpy(row, s.row, sizeof s.row);           // by the lane that names the row: races show
+}
+
 // ---- cp.async -----------------------------------------------------------------------------------
 // The copy is done as late as allowed, at the wait for its group. Until then its target holds NaNs,
 // so that a kernel that reads too early shows it.

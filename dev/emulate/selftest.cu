@@ -281,7 +281,8 @@ static bool test_mma() {
         }
     return ok;
 }
-// Two loads of four 8x8 matrices that lie below each other: plain, then transposed.
+// Two loads of four 8x8 matrices that lie below each other: plain, then transposed. The first ones
+// are stored again, in descending order.
 __global__ void ldmatrix_kernel(unsigned short *out, const unsigned short *in) {
     __shared__ __align__(16) unsigned short rows[32][24];
     int l = threadIdx.x;
@@ -295,11 +296,15 @@ __global__ void ldmatrix_kernel(unsigned short *out, const unsigned short *in) {
             unsigned short *p = out + ((k * 4 + i) * 32 + l) * 2;
             p[0] = (unsigned short)r[k][i], p[1] = (unsigned short)(r[k][i] >> 16);
         }
+    __syncwarp();
+    stmatrix(rows[(l & 7) | (24 - (l & 24))], r[0]);
+    __syncwarp();
+    for (int c = 0; c < 8; c++) out[512 + 8 * l + c] = rows[l][c];
 }
 static bool test_ldmatrix() {
     std::vector<unsigned short> in(256);
     for (unsigned short &x : in) x = (unsigned short)random32();
-    Device<unsigned short> x(in), out(512);
+    Device<unsigned short> x(in), out(768);
     ldmatrix_kernel<<<1, 32>>>(out.p, x.p);
     bool ok = launched();
     std::vector<unsigned short> v = out.host();
@@ -310,6 +315,7 @@ static bool test_ldmatrix() {
                 ok &= v[(i * 32 + l) * 2 + h] == in[64 * i + 8 * row + col];
                 ok &= v[((4 + i) * 32 + l) * 2 + h] == in[64 * i + 8 * col + row];
             }
+    for (int i = 0; i < 256; i++) ok &= v[512 + i] == in[(i & 63) | (192 - (i & 192))];
     return ok;
 }
 // Three groups of copies, waited for one by one, the last in pieces of 4 bytes; lanes from 24 on
@@ -686,7 +692,7 @@ int main() {
         {"barriers and shared memory", test_barriers}, {"numbered barriers", test_named_barriers},
         {"limits of shared memory", test_shared_limits},
         {"intrinsics", test_intrinsics}, {"bf16", test_bf16}, {"mma", test_mma},
-        {"ldmatrix", test_ldmatrix}, {"cp.async", test_cp_async},
+        {"ldmatrix, stmatrix", test_ldmatrix}, {"cp.async", test_cp_async},
         {"pairs of bf16, exp2", test_pairs_and_powers}, {"copies", test_copies},
         {"offsets beyond 2^31", test_far_offsets}, {"streams and events", test_streams},
         {"graph", test_graph}, {"cudaLaunchKernelEx", test_launch_ex},
