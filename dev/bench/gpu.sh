@@ -62,7 +62,7 @@ decode() {                              # the last of three samples of 300 token
     rm -rf "$out/s"
 }
 speed mamba2-130m 16 2048 60; speed mamba2-130m 16 2048 60 --residual-in-fp32 0
-speed mamba2-370m 16 2048 30; speed mamba2-780m 8 2048 24; speed mamba2-1.3b 8 2048 16
+speed mamba2-370m 16 2048 30; speed mamba2-780m 16 2048 16
 speed mamba2-1.3b 16 2048 12; speed mamba2-2.7b 8 2048 10
 for rows in 32 8 4 2 1; do speed mamba2-130m $rows $((32768/rows)) 40; done
 speed mamba2-130m 1 131072 12
