@@ -62,23 +62,6 @@ __device__ inline void barrier_arrive(int id, int threads) {
     asm volatile("barrier.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
 
-// A barrier of all blocks, in a cooperative launch of a one-dimensional grid. `arrived` is 0 before
-// its first use; each block adds 1, block 0 what is left of 2^31, so bit 31 changes when the last
-// one comes: the counter may go round, and needs no reset.
-__device__ inline void grid_barrier(unsigned *arrived) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        unsigned share = blockIdx.x ? 1 : (1u << 31) - (gridDim.x - 1), before, now;
-        asm volatile("atom.add.release.gpu.u32 %0, [%1], %2;"
-                     : "=r"(before) : "l"(arrived), "r"(share) : "memory");
-        do {
-            asm volatile("ld.acquire.gpu.u32 %0, [%1];"
-                         : "=r"(now) : "l"(arrived) : "memory");
-        } while (now >> 31 == before >> 31);
-    }
-    __syncthreads();
-}
-
 // Numbers from block to block while both run, without a barrier. The last bit of each says whether
 // its round is odd, so the number is its own announcement: a reader waits until it is of the round
 // that it wants. Each is sent once in every round, from round 1 on, in memory that was 0; before

@@ -203,7 +203,6 @@ struct Block {
     Barrier barriers[MAX_BARRIERS];
     Thread *current;                    // nullptr: the scheduler
     int threads_n, warps_n, live;
-    const unsigned *awaits;             // counter of the grid barrier at which its thread 0 waits
     SharedArray arrays[MAX_ARRAYS];
     int arrays_n;
     size_t static_size;
@@ -219,8 +218,6 @@ struct Grid {                           // the launch that runs
     void (*body)(void *);               // runs the kernel with the arguments that lie at `args`
     void *args;
     size_t dynamic_size;
-    bool cooperative;
-    unsigned at_barrier;                // blocks that have come to the grid barrier
     Block *blocks[MAX_BLOCKS];          // the first blocks_n are alive: all, or one at a time
     int blocks_n;
     void *sp, *fake, *tsan;             // the scheduler's stack pointer, fake stack, fiber
@@ -395,31 +392,6 @@ EMU_ENGINE void barrier(const char *what, Place at, int id, int expected, Part p
     __tsan_acquire(order);
 }
 
-// ---- barriers of a grid -------------------------------------------------------------------------
-// Each block adds its share to a counter: 1, block 0 what is left of 2^31. So bit 31 changes when
-// the last block comes; thread 0 of each waits for that.
-EMU_ENGINE void meet_other_blocks(unsigned *counter) {
-    if (!grid.cooperative || gridDim.y * gridDim.z != 1)
-        EMU_FAULT("not a cooperative launch of a grid (x,1,1)");
-    if (!grid.at_barrier++ && *counter << 1) EMU_FAULT("its counter was not 0 at first");
-    unsigned round = *counter >> 31;
-    char *order = (char *)counter + round;
-    __tsan_release(order);
-    *counter += blockIdx.x ? 1 : (1u << 31) - (gridDim.x - 1);
-    if (*counter >> 31 == round) {
-        block->awaits = counter;
-        wait();
-    } else {
-        grid.at_barrier = 0;
-        for (Block **b = grid.blocks; b < grid.blocks + grid.blocks_n; b++)
-            if ((*b)->awaits == counter) {
-                (*b)->awaits = nullptr;
-                (*b)->warps[0].ready |= 1;
-            }
-    }
-    __tsan_acquire(order);
-}
-
 // ---- numbers from block to block ----------------------------------------------------------------
 // The last bit of a number tells its round. Who waits for one is looked after by the scheduler.
 EMU_ENGINE bool has_come(const uint32_t *number, unsigned round) {
@@ -537,7 +509,7 @@ EMU_ENGINE void start_block(Block *&b, long long i) {
     b->index = {(unsigned)(i % gridDim.x), (unsigned)(i % xy / gridDim.x), (unsigned)(i / xy)};
     b->threads_n = b->live = blockDim.x * blockDim.y * blockDim.z;
     b->warps_n = (b->threads_n + 31) / 32;
-    b->static_size = 0, b->awaits = nullptr;
+    b->static_size = 0;
     memset(b->barriers, 0, sizeof b->barriers);
     free_shared(b);
     block = b;
@@ -591,7 +563,7 @@ EMU_ENGINE void run_grid(Kernel *kernel, dim3 shape, dim3 dim, size_t dynamic_si
                          bool cooperative, void (*body)(void *), void *args) {
     grid.tsan = __tsan_get_current_fiber();
     grid.kernel = kernel, grid.body = body, grid.args = args;
-    grid.dynamic_size = dynamic_size, grid.cooperative = cooperative, grid.at_barrier = 0;
+    grid.dynamic_size = dynamic_size;
     gridDim = shape, blockDim = dim;
     __tsan_release(&grid.order_start);
     long long total = (long long)shape.x * shape.y * shape.z;

@@ -147,11 +147,6 @@ inline void barrier_wait(int id, int n, EMU_HERE) {
 inline void barrier_arrive(int id, int n, EMU_HERE) {
     emu::barrier("bar.arrive", at, id, n, emu::ARRIVE);
 }
-inline void grid_barrier(unsigned *arrived, EMU_HERE) {
-    emu::barrier("grid_barrier", at, 0, 0, emu::WAIT);
-    if (threadIdx.x == 0) emu::meet_other_blocks(arrived);
-    emu::barrier("grid_barrier", at, 0, 0, emu::WAIT);
-}
 inline void send(float *to, float x, unsigned round) {
     uint32_t bits = (__float_as_uint(x) & ~1u) | (round & 1);
     __atomic_store_n((uint32_t *)to, bits, __ATOMIC_RELAXED);

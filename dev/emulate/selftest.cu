@@ -480,65 +480,10 @@ static bool test_launch_ex() {
     return ok;
 }
 
-// ---- cooperative launches -----------------------------------------------------------------------
-// In each round a block takes the next one's numbers, plus 1; one result goes to pinned memory.
-__global__ void pass_on_kernel(int *x, int *result, unsigned *arrived, int rounds) {
-    int n = gridDim.x * blockDim.x, i = blockIdx.x * blockDim.x + threadIdx.x;
-    x[i] = i;
-    for (int r = 0; r < rounds; r++) {
-        grid_barrier(arrived);
-        int from = x[(i + blockDim.x) % n];
-        grid_barrier(arrived);
-        x[i] = from + 1;
-    }
-    if (i == n - 1) *result = x[i];
-}
-static bool test_cooperative() {
-    const int threads = 64, rounds = 3;
-    int multiprocessors, fit, able;
-    CHECK(cudaDeviceGetAttribute(&able, cudaDevAttrCooperativeLaunch, 0));
-    CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
-    CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, pass_on_kernel, threads, 0));
-    cudaLaunchAttribute together = {};
-    together.id = cudaLaunchAttributeCooperative;
-    together.val.cooperative = 1;
-    cudaStream_t s;
-    CHECK(cudaStreamCreate(&s));
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(multiprocessors * fit + 1), config.blockDim = dim3(threads);
-    config.stream = s, config.attrs = &together, config.numAttrs = 1;
-    Device<int> x(multiprocessors * threads);
-    Device<unsigned> arrived(std::vector<unsigned>(1, 0));
-    int *result;
-    CHECK(cudaMallocHost(&result, sizeof *result));
-    bool ok = able && cudaLaunchKernelEx(&config, pass_on_kernel, x.p, result, arrived.p, rounds)
-        == cudaErrorCooperativeLaunchTooLarge;
-    cudaGetLastError();
-    config.gridDim = dim3(multiprocessors);
-    cudaGraph_t graph;
-    cudaGraphExec_t replay;
-    CHECK(cudaStreamBeginCapture(s, cudaStreamCaptureModeGlobal));
-    for (int i = 0; i < 2; i++)
-        CHECK(cudaLaunchKernelEx(&config, pass_on_kernel, x.p, result, arrived.p, rounds));
-    CHECK(cudaStreamEndCapture(s, &graph));
-    CHECK(cudaGraphInstantiate(&replay, graph, 0));
-    for (int times = 0; times < 3; times++) {
-        *result = -1;
-        CHECK(cudaGraphLaunch(replay, s));
-        CHECK(cudaStreamSynchronize(s));
-        std::vector<int> v = x.host();
-        int n = (int)v.size();
-        for (int i = 0; i < n; i++) ok &= v[i] == (i + rounds * threads) % n + rounds;
-        ok &= *result == v[n - 1];
-    }
-    CHECK(cudaGraphExecDestroy(replay));
-    CHECK(cudaGraphDestroy(graph));
-    CHECK(cudaFreeHost(result));
-    return ok;
-}
-
+// ---- cooperative launches, numbers from block to block ------------------------------------------
 // In each round all threads get the numbers of all others, and send their mean. They alternate
-// between two rows: who sends a row again has heard from all that they have read it.
+// between two rows: who sends a row again has heard from all that they have read it. One result
+// goes to pinned memory.
 __global__ void send_kernel(float *rows, float *result, int rounds) {
     int n = gridDim.x * blockDim.x, i = blockIdx.x * blockDim.x + threadIdx.x;
     float mine = (float)(i % 8);
@@ -555,24 +500,48 @@ __global__ void send_kernel(float *rows, float *result, int rounds) {
         }
         mine = (float)(sum / n);
     }
-    result[i] = mine;
+    if (i == n - 1) *result = mine;
 }
-static bool test_send() {
+static bool test_cooperative() {
     const int threads = 64, rounds = 5;
-    int multiprocessors;
+    int multiprocessors, fit, able;
+    CHECK(cudaDeviceGetAttribute(&able, cudaDevAttrCooperativeLaunch, 0));
     CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
+    CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, send_kernel, threads, 0));
     cudaLaunchAttribute together = {};
     together.id = cudaLaunchAttributeCooperative;
     together.val.cooperative = 1;
+    cudaStream_t s;
+    CHECK(cudaStreamCreate(&s));
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(multiprocessors), config.blockDim = dim3(threads);
-    config.attrs = &together, config.numAttrs = 1;
-    int n = multiprocessors * threads;
-    Device<float> rows(std::vector<float>(2 * n, 0.0f)), result(n);
-    CHECK(cudaLaunchKernelEx(&config, send_kernel, rows.p, result.p, rounds));
-    CHECK(cudaDeviceSynchronize());
-    bool ok = true;
-    for (float f : result.host()) ok &= fabsf(f - 3.5f) < 1e-5f;
+    config.gridDim = dim3(multiprocessors * fit + 1), config.blockDim = dim3(threads);
+    config.stream = s, config.attrs = &together, config.numAttrs = 1;
+    size_t n = multiprocessors * threads;
+    Device<float> rows(2 * n);
+    float *result;
+    CHECK(cudaMallocHost(&result, sizeof *result));
+    bool ok = able && cudaLaunchKernelEx(&config, send_kernel, rows.p, result, rounds)
+        == cudaErrorCooperativeLaunchTooLarge;
+    cudaGetLastError();
+    config.gridDim = dim3(multiprocessors);
+    cudaGraph_t graph;
+    cudaGraphExec_t replay;
+    CHECK(cudaStreamBeginCapture(s, cudaStreamCaptureModeGlobal));
+    for (int i = 0; i < 2; i++) {
+        CHECK(cudaMemsetAsync(rows.p, 0, 2 * n * sizeof(float), s));
+        CHECK(cudaLaunchKernelEx(&config, send_kernel, rows.p, result, rounds));
+    }
+    CHECK(cudaStreamEndCapture(s, &graph));
+    CHECK(cudaGraphInstantiate(&replay, graph, 0));
+    for (int times = 0; times < 3; times++) {
+        *result = -1;
+        CHECK(cudaGraphLaunch(replay, s));
+        CHECK(cudaStreamSynchronize(s));
+        ok &= fabsf(*result - 3.5f) < 1e-5f;
+    }
+    CHECK(cudaGraphExecDestroy(replay));
+    CHECK(cudaGraphDestroy(graph));
+    CHECK(cudaFreeHost(result));
     return ok;
 }
 
@@ -696,7 +665,7 @@ int main() {
         {"pairs of bf16, exp2", test_pairs_and_powers}, {"copies", test_copies},
         {"offsets beyond 2^31", test_far_offsets}, {"streams and events", test_streams},
         {"graph", test_graph}, {"cudaLaunchKernelEx", test_launch_ex},
-        {"cooperative launch, pinned memory", test_cooperative}, {"send and receive", test_send},
+        {"cooperative launch, send and receive, pinned memory", test_cooperative},
         {"cublasLtMatmul", test_cublas},
         {"conflicts and fresh memory", test_shim},
     };
