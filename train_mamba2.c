@@ -1940,6 +1940,7 @@ static size_t samples_take(Samples *s, const int *ids) {
     return ferror(stdout) ? 0 : s->left;
 }
 
+// Prints all but the first.
 static void samples_close(Samples *s) {
     for (size_t k = 1; k < s->count; k++) {
         printf("\n---------------\n");

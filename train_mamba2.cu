@@ -389,13 +389,13 @@ struct Conv {
 // Rows of a matrix, the next AT_ONCE of them on their way: take gives row number k of those, and
 // asks for the one AT_ONCE below it, or for zeros if there is none.
 template<bool WIDE, typename floatX, int CHANNELS>
-struct Stream {
+struct RowsAhead {
     const floatX *next;                                    // the row to ask for
     size_t pitch;
     int left;
     Packed<floatX, CHANNELS> ahead[AT_ONCE];
 
-    __device__ Stream(const floatX *first, size_t pitch, int left, int rows)
+    __device__ RowsAhead(const floatX *first, size_t pitch, int left, int rows)
         : next(first), pitch(pitch), left(left) {
         UNROLL for (int k = 0; k < AT_ONCE; k++) {
             ask(k, k < rows);
@@ -423,7 +423,7 @@ conv1d_forward_kernel(floatX *xBC, const floatX *zxBCdt, const float *w, const f
     int t0 = (slice - r * slices) * steps, last = min(t0 + steps, (int)d.T);
     if (c >= (int)d.S || r >= (int)d.R) return;
     Conv conv(d, r, c, zxBCdt, w, b, past, doc);
-    Stream<WIDE, floatX, CHANNELS> in(conv.rows + t0 * d.pitch, d.pitch, conv.left, last - t0);
+    RowsAhead<WIDE, floatX, CHANNELS> in(conv.rows + t0 * d.pitch, d.pitch, conv.left, last - t0);
     floatX *to = xBC + (r * d.T + t0) * d.S + c;
     conv.start(t0);
     for (int t = t0, rest = last - t0; t < last; t += AT_ONCE, rest -= AT_ONCE) {
@@ -505,8 +505,9 @@ conv1d_backward_kernel(floatX *g_zxBCdt, float *parts, const floatX *g_xBC, cons
     int t0 = min((slice - r * slices) * own_steps, T), own = min(own_steps, T - t0);
     int count = min(own + TAPS - 1, T - t0);               // steps of its own, and in all
     Conv conv(d, r, c, zxBCdt, w, b, past, doc);
-    Stream<WIDE, floatX, CHANNELS> in(conv.rows + t0 * d.pitch, d.pitch, conv.left, count);
-    Stream<WIDE, floatX, CHANNELS> in_g(g_xBC + (r * T + t0) * d.S + c, d.S, conv.left, count);
+    RowsAhead<WIDE, floatX, CHANNELS> in(conv.rows + t0 * d.pitch, d.pitch, conv.left, count);
+    RowsAhead<WIDE, floatX, CHANNELS> in_g(g_xBC + (r * T + t0) * d.S + c, d.S, conv.left, count);
+    // due[0] is of the step TAPS - 1 back, so the first ones have no place.
     floatX *to = g_zxBCdt + (r * T + t0 - (TAPS - 1)) * (ptrdiff_t)d.pitch + d.E + c;
     Channels due[TAPS] = {}, g_w[TAPS + 1] = {};           // g_w[TAPS]: g_b
     auto steps = [&](int i, bool of_own) {                 // AT_ONCE of them from t0 + i on

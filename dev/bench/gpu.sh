@@ -54,10 +54,10 @@ speed() {
         printf "%-12s %-14s %9.0f tokens/s  MFU %4.1f%%  %6.1f GiB, planned %s", name, at, $1, 100*$2, $3/1024, $4 }')"
     rm -rf "$out/s"
 }
-decode() {                              # the last of three samples of 300 tokens, $2 rows
+decode() {                              # decode MODEL ROWS: the last of three times 300 tokens a row
     rate=$(./train_mamba2cu --model "$1" --batch 1 --seq-len 128 --steps 4 --profile 1 --sample-every 1 \
-        --num-samples "$2" \
-        --out "$out/s" --eval-every 0 --save-every 0 --plot 0 2>&1 >/dev/null | grep 'tokens/s' | tail -n 1)
+        --num-samples "$2" --out "$out/s" --eval-every 0 --save-every 0 --plot 0 2>&1 >/dev/null |
+        grep 'tokens/s' | tail -n 1)
     row "$(printf '%-12s decode %4s rows %15s' "$1" "$2" "$rate")"
     rm -rf "$out/s"
 }

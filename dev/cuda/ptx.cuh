@@ -29,6 +29,8 @@ __device__ inline void stmatrix(void *row, const uint32_t r[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
                  :: "r"(shared_address(row)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                  : "memory");
+#else
+    __trap();                                      // a GPU without it has no room for what asks it
 #endif
 }
 
@@ -52,14 +54,10 @@ template<int LEFT> __device__ inline void cp_async_wait() {    // until so many 
 }
 
 // __syncthreads() for warps that meet it at different lines, which CUDA C++ does not allow and PTX,
-// with a count, does; and the kind at which some warps wait for others that only announce
-// themselves. bar.sync would be the same instruction, but compute-sanitizer wants all of a block to
-// meet that at one line.
+// with a count, does. bar.sync would be the same instruction, but compute-sanitizer wants all of a
+// block to meet that at one line.
 __device__ inline void barrier_wait(int id, int threads) {
     asm volatile("barrier.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
-}
-__device__ inline void barrier_arrive(int id, int threads) {
-    asm volatile("barrier.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
 
 // Numbers from block to block while both run, without a barrier. The last bit of each says whether
@@ -109,8 +107,8 @@ __device__ inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(0x80008000u));     // + -0
     return y;
 }
-// What is computed from an opaque value, a float or a 32-bit integer, is computed again at each use,
-// not kept in registers; and it is computed here itself, not further down.
+// What is computed from an opaque value, a float or a 32-bit integer, is computed again at each
+// use, not kept in registers; and it is computed here itself, not further down.
 template<typename X> __device__ inline X opaque(X x) {
     asm volatile("" : "+r"(x));
     return x;

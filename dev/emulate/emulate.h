@@ -364,11 +364,10 @@ EMU_ENGINE void open(Barrier &r) {      // all who wait at r go on
             b->warps[t->warp].ready |= 1u << t->lane;
         }
 }
-enum Part { WAIT, ARRIVE };
 // Barrier `id` opens when `expected` threads (0: all that have not ended) have come. __syncthreads
 // is barrier 0, for which all must be at the same line. At PTX's numbered barriers warps may meet
 // at different lines, but not the lanes of a warp: the hardware counts warps.
-EMU_ENGINE void barrier(const char *what, Place at, int id, int expected, Part part) {
+EMU_ENGINE void barrier(const char *what, Place at, int id, int expected) {
     Thread *me = enter(what, at);
     if (id < 0 || id >= MAX_BARRIERS || expected % 32)
         EMU_FAULT("barrier %d, %d threads: not 0 to 15, or not a multiple of 32", id, expected);
@@ -377,15 +376,14 @@ EMU_ENGINE void barrier(const char *what, Place at, int id, int expected, Part p
     bool elsewhere = r.arrived && (r.expected != expected || (!expected && !(r.at == at)));
     if (elsewhere || (a.lanes && !(a.at == at)))
         fault("divergent barrier: others are at the same one " + text("one", r.at));
-    if (a.lanes >> me->lane & 1) EMU_FAULT("the thread comes twice before barrier %d opens", id);
     a.lanes |= 1u << me->lane, a.at = at;
     r.arrived++, r.expected = expected, r.at = at;
     char *order = &r.order[r.odd];
     __tsan_release(order);
     bool last = r.arrived == (expected ? expected : block->live);
-    if (last) open(r);
-    if (part == ARRIVE) return;
-    if (!last) {
+    if (last) {
+        open(r);
+    } else {
         me->barrier = id;
         wait();
     }
@@ -623,7 +621,7 @@ inline void __syncwarp(unsigned mask = EMU_ALL, EMU_HERE) {
     emu::warp_call("__syncwarp", at, mask, nullptr, nullptr);
     __tsan_acquire(order);
 }
-inline void __syncthreads(EMU_HERE) { emu::barrier("__syncthreads", at, 0, 0, emu::WAIT); }
+inline void __syncthreads(EMU_HERE) { emu::barrier("__syncthreads", at, 0, 0); }
 inline void __threadfence() {
     __tsan_acquire(&emu::grid.fence);
     __tsan_release(&emu::grid.fence);

@@ -67,9 +67,8 @@ __global__ void half_warp_mma_kernel(float *o) {
 }
 static void half_warp_mma() { half_warp_mma_kernel<<<1, 32>>>(floats); }
 
-__global__ void short_count_kernel(int *o) {        // 64 wait, 32 arrive: one warp is forgotten
-    if (threadIdx.x < 32) barrier_arrive(1, 128);
-    else barrier_wait(1, 128);
+__global__ void short_count_kernel(int *o) {        // there are three warps
+    barrier_wait(1, 128);
     o[threadIdx.x % 64] = 1;
 }
 static void short_count() { short_count_kernel<<<1, 96>>>(ints); }
@@ -88,18 +87,11 @@ __global__ void few_lanes_kernel(int *o) {          // 32 threads, but of two wa
 static void few_lanes() { few_lanes_kernel<<<1, 64>>>(ints); }
 
 __global__ void counts_differ_kernel(int *o) {
-    if (threadIdx.x < 32) barrier_arrive(1, 64);
+    if (threadIdx.x < 32) barrier_wait(1, 64);
     else barrier_wait(1, 96);
     o[threadIdx.x] = 1;
 }
 static void counts_differ() { counts_differ_kernel<<<1, 64>>>(ints); }
-
-__global__ void arrives_twice_kernel(int *o) {
-    if (threadIdx.x < 32) for (int r = 0; r < 2; r++) barrier_arrive(1, 96);
-    else barrier_wait(1, 96);
-    o[threadIdx.x] = 1;
-}
-static void arrives_twice() { arrives_twice_kernel<<<1, 64>>>(ints); }
 
 // ---- numbers from block to block ----------------------------------------------------------------
 // Each block waits for the next one's number.
@@ -189,13 +181,13 @@ __global__ void global_race_kernel(int *o) { o[0] = o[0] + 1; }
 static void global_race() { global_race_kernel<<<1, 64>>>(ints); }
 static void block_race() { global_race_kernel<<<64, 1>>>(ints); }
 
-__global__ void no_way_back_kernel(int *o) {        // "full" is told, "empty" is not
+__global__ void no_way_back_kernel(int *o) {        // one buffer: it is written while it is read
     __shared__ int s[32];
     int t = threadIdx.x % 32;
     for (int r = 1; r <= 2; r++) {
         if (threadIdx.x < 32) {
             s[t] = r;
-            barrier_arrive(r, 64);
+            barrier_wait(r, 64);
         } else {
             barrier_wait(r, 64);
             o[t] += s[t];
@@ -360,7 +352,6 @@ int main(int argc, char **argv) {
         {"divergent barrier", "numbered barrier with two counts", counts_differ},
         {"divergent barrier", "lanes of a warp at one numbered barrier at two lines", half_warps},
         {"without all lanes of a warp", "numbered barrier with half of two warps", few_lanes},
-        {"comes twice", "thread that arrives twice at a numbered barrier", arrives_twice},
         {"deadlock:", "number from a block that has ended", one_has_ended},
         {"LaunchTooLarge", "more blocks than fit in a cooperative launch", too_many_blocks},
         {"deadlock:", "number from a block that has not begun, in a plain launch", not_together},

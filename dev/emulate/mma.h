@@ -142,10 +142,7 @@ template<int LEFT> EMU_ENGINE void cp_async_wait() {
 
 // ---- other barriers, early launches, numbers ----------------------------------------------------
 inline void barrier_wait(int id, int n, EMU_HERE) {
-    emu::barrier("bar.sync", at, id, n, emu::WAIT);
-}
-inline void barrier_arrive(int id, int n, EMU_HERE) {
-    emu::barrier("bar.arrive", at, id, n, emu::ARRIVE);
+    emu::barrier("bar.sync", at, id, n);
 }
 inline void send(float *to, float x, unsigned round) {
     uint32_t bits = (__float_as_uint(x) & ~1u) | (round & 1);

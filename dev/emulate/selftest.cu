@@ -137,20 +137,19 @@ static bool test_barriers() {
     for (int v : out.host()) ok &= v == 255 * 256 / 2 + 3 * 256;
     return ok;
 }
-// Warps 0 and 1 fill buffers in turn, 2 and 3 add them up: two numbered barriers for each buffer.
+// Warps 0 and 1 fill two buffers in turn, 2 and 3 add them up: a numbered barrier for each buffer,
+// at which the two kinds meet at different lines.
 __global__ void roles_kernel(int *out, int rounds) {
     __shared__ int buffer[2][64];
     int t = threadIdx.x % 64, sum = 0;
     for (int r = 0; r < rounds; r++) {
-        int full = 1 + r % 2, empty = 3 + r % 2;
+        int full = 1 + r % 2;
         if (threadIdx.x < 64) {
-            if (r >= 2) barrier_wait(empty, 128);
             buffer[r % 2][t] = r * 100 + t;
-            barrier_arrive(full, 128);
+            barrier_wait(full, 128);
         } else {
             barrier_wait(full, 128);
             sum += buffer[r % 2][63 - t];
-            if (r + 2 < rounds) barrier_arrive(empty, 128);
         }
     }
     if (threadIdx.x >= 64) out[t] = sum;
