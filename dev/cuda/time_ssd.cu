@@ -142,6 +142,8 @@ int main(int argc, char **argv) {
     time_shape(2, 16384, 24, 128, documents);
     time_shape(1, 131072, 24, 128, documents);
     time_shape(8, 4096, 64, 64, documents);
+    time_shape(64, 512, 64, 64, documents);
+    time_shape(8, 4096, 64, 128, documents);
     time_shape(16, 2048, 80, 128, documents);
     return 0;
 }
